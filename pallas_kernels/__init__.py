@@ -1,0 +1,1 @@
+"""GPU kernels: a leaf package that imports jax and nothing of attnx."""
