@@ -1,0 +1,174 @@
+"""Linear attention: the public function, its checks, and what supports a call."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from attnx._checks import expect, expect_float, expect_shape
+from attnx._dispatch import dispatch
+from attnx.linear import reference
+
+
+def linear_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    log_decay: jax.Array | None = None,
+    scale: float | jax.Array | None = None,
+    initial_state: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    reverse: bool = False,
+    normalize: bool = False,
+    implementation: str | None = None,
+    return_state: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Computes causal linear attention, optionally with decay, in time linear in T.
+
+    Per head, with decay `a_t = exp(log_decay_t)`, from the first token to the last:
+
+        S_t = a_t S_{t-1} + k_t^T v_t        o_t = scale * q_t S_t
+
+    A token's own key and value enter undecayed. Settings of it: linear attention (no
+    decay), RetNet and Lightning Attention (one decay per head: arXiv:2307.08621,
+    arXiv:2401.04658 eq. 2), the scalar gates of Mamba-2 (one per token), Gated Linear
+    Attention (one per channel: arXiv:2312.06635 eq. 4). Differentiable in every array
+    argument but `segment_ids`, and through the returned state.
+
+    Args:
+      query: `[B, T, N, H]`, or `[T, N, H]` and then no argument has a batch axis.
+      key: `[B, T, K, H]`, where K divides N: query head n reads key and value head
+        `n // (N // K)`.
+      value: `[B, T, K, V]`; V may differ from H.
+      log_decay: natural logarithm of the decay: None (no decay), `[N]` (one per head),
+        `[B, T, N]` (one per token) or `[B, T, N, H]` (one per channel of the key). At
+        most 0 by convention, which is not checked; -inf forgets everything.
+      scale: multiplies the query; a number or a scalar array. `H ** -0.5` by default;
+        Lightning Attention, TransNormerLLM and MiniMax-01 use 1.
+      initial_state: `[B, N, H, V]`, the state before the first token, one per *query*
+        head; with `normalize`, `[B, N, H, V + 1]`. Zeros by default.
+      segment_ids: integers `[B, T]` that tell packed documents apart: wherever two
+        neighbouring tokens differ, the state restarts from 0. The initial state
+        belongs to each row's first document.
+      reverse: run from the last token to the first: `S_t = a_t S_{t+1} + k_t^T v_t`.
+        The initial state then enters at the end and belongs to the last document.
+      normalize: divide by the sum of the weights, as kernel attention does
+        (arXiv:2006.16236 eq. 12): `o_t = q_t S_t / (q_t z_t + 1e-12)`, `z_t` being the
+        decayed sum of the keys, and the scale cancelling. Meant for feature maps
+        without negative values. A row whose denominator is 0 gives 0. The state then
+        has one more column, the last, which holds z.
+      implementation: "reference" (token by token), "xla" (by chunks, any device), or
+        None for the fastest that supports the call where it is lowered.
+      return_state: also return the state after the last token processed.
+
+    Returns:
+      The output `[B, T, N, V]` in query's dtype; with `return_state`, a pair of it and
+      the state, `[B, N, H, V]` (or `V + 1`), in float32 or, for float64 inputs,
+      float64.
+
+    Raises:
+      ValueError: an argument of a wrong shape or dtype, or an unknown implementation.
+      NotImplementedError: the implementation asked for cannot serve this call.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from attnx.linear import linear_attention
+      >>> x = jnp.ones((1, 4, 1, 1))
+      >>> linear_attention(x, x, x)[0, :, 0, 0].tolist()
+      [1.0, 2.0, 3.0, 4.0]
+      >>> half = jnp.log(jnp.array([0.5]))
+      >>> out, state = linear_attention(x, x, x, log_decay=half, return_state=True)
+      >>> out[0, :, 0, 0].tolist(), state.shape
+      ([1.0, 1.5, 1.75, 1.875], (1, 1, 1, 1))
+    """
+    arrays = [query, key, value, log_decay, initial_state, segment_ids]
+    arrays = [x if x is None else jnp.asarray(x) for x in arrays]
+    query, key, value, log_decay, *_ = arrays
+    expect(query.ndim in (3, 4), "query", "rank 3 or 4", f"shape {query.shape}")
+    unbatched = query.ndim == 3
+    if unbatched:
+        per_head = log_decay is not None and log_decay.ndim == 1
+        arrays = [x if x is None else x[None] for x in arrays]
+        if per_head:
+            arrays[3] = log_decay
+    _check(*arrays, normalize=normalize)
+    query, key, value, log_decay, initial_state, segment_ids = arrays
+
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    dtype = jnp.promote_types(jnp.result_type(query, key, value), jnp.float32)
+    scale = jnp.asarray(scale, dtype)
+    expect_shape("scale", scale, ())
+    if initial_state is not None:
+        initial_state = initial_state.astype(dtype)
+
+    static = {"reverse": reverse, "normalize": normalize}
+    candidates = {
+        "reference": functools.partial(reference.linear_attention, **static),
+    }
+    out, state = dispatch(
+        "linear_attention",
+        implementation,
+        candidates,
+        unsupported,
+        *(query, key, value, scale, log_decay, initial_state, segment_ids),
+    )
+    if unbatched:
+        out, state = out[0], state[0]
+    return (out, state) if return_state else out
+
+
+def unsupported(
+    name: str,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    scale: jax.Array,
+    log_decay: jax.Array | None,
+    initial_state: jax.Array | None,
+    segment_ids: jax.Array | None,
+) -> str | None:
+    """Says why the implementation `name` cannot serve these operands, or None."""
+    return None
+
+
+def _check(
+    query, key, value, log_decay, initial_state, segment_ids, *, normalize: bool
+) -> None:
+    for name, array in (("key", key), ("value", value)):
+        expect(array.ndim == query.ndim, name, "query's rank", f"shape {array.shape}")
+    batch, length, num_heads, head_size = query.shape
+    num_groups, value_size = value.shape[2:]
+    expect(length > 0, "query", "at least one token", f"shape {query.shape}")
+    expect_shape("key", key, (batch, length, num_groups, head_size))
+    expect_shape("value", value, (batch, length, num_groups, value_size))
+    expect(
+        num_groups > 0 and num_heads % num_groups == 0,
+        "key",
+        f"a number of heads that divides query's {num_heads}",
+        num_groups,
+    )
+    floats = {"query": query, "key": key, "value": value}
+    if log_decay is not None:
+        floats["log_decay"] = log_decay
+        tokens = (batch, length, num_heads)
+        expect_shape("log_decay", log_decay, (num_heads,), tokens, (*tokens, head_size))
+    if initial_state is not None:
+        floats["initial_state"] = initial_state
+        columns = value_size + normalize
+        expect_shape(
+            "initial_state", initial_state, (batch, num_heads, head_size, columns)
+        )
+    for name, array in floats.items():
+        expect_float(name, array)
+    if segment_ids is not None:
+        expect_shape("segment_ids", segment_ids, (batch, length))
+        expect(
+            jnp.issubdtype(segment_ids.dtype, jnp.integer),
+            "segment_ids",
+            "an integer dtype",
+            segment_ids.dtype,
+        )

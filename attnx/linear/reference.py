@@ -1,0 +1,62 @@
+"""Linear attention token by token: the specification, written to be read."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from attnx.linear.normalizer import append_ones, divide_by_last
+
+
+def linear_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    scale: jax.Array,
+    log_decay: jax.Array | None,
+    initial_state: jax.Array | None,
+    segment_ids: jax.Array | None,
+    *,
+    reverse: bool,
+    normalize: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """See `attnx.linear_attention`; returns the output and the final state."""
+    batch, length, num_heads, head_size = query.shape
+    dtype = scale.dtype
+    q = scale * query.astype(dtype)
+    group = num_heads // key.shape[2]
+    k = jnp.repeat(key.astype(dtype), group, axis=2)
+    v = jnp.repeat(value.astype(dtype), group, axis=2)
+    if normalize:
+        v = append_ones(v)
+
+    if log_decay is None:
+        log_decay = jnp.zeros(num_heads)
+    decay = jnp.exp(log_decay.astype(dtype))
+    if decay.ndim < 4:
+        decay = decay[..., None]
+    decay = jnp.broadcast_to(decay, (batch, length, num_heads, head_size))
+    if segment_ids is None:
+        segment_ids = jnp.zeros_like(query, jnp.int32, shape=(batch, length))
+    if initial_state is None:
+        shape = (batch, num_heads, head_size, v.shape[-1])
+        initial_state = jnp.zeros_like(query, dtype, shape=shape)
+
+    def step(carry, token):
+        state, last_segment = carry
+        q, k, v, decay, segment = token
+        same = (segment == last_segment)[:, None, None, None]
+        state = jnp.where(same, decay[..., None] * state, 0)
+        state = state + k[..., :, None] * v[..., None, :]
+        out = jnp.einsum("bnh,bnhv->bnv", q, state, precision="highest")
+        return (state, segment), out
+
+    tokens = jax.tree.map(
+        lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, decay, segment_ids)
+    )
+    carry = initial_state, segment_ids[:, -1 if reverse else 0]
+    (state, _), out = jax.lax.scan(step, carry, tokens, reverse=reverse)
+    out = jnp.moveaxis(out, 0, 1)
+    if normalize:
+        out = divide_by_last(out)
+    return out.astype(query.dtype), state
