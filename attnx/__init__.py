@@ -1,0 +1,8 @@
+"""Attention for JAX: exact references, XLA, GPU kernels, and Flax layers."""
+
+from attnx import masks as masks
+from attnx._dispatch import explain as explain
+from attnx.softmax import BlockMask as BlockMask
+from attnx.softmax import block_sparse_attention as block_sparse_attention
+from attnx.softmax import dot_product_attention as dot_product_attention
+from attnx.softmax import merge_attention as merge_attention

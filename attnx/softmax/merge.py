@@ -1,0 +1,61 @@
+"""Exact combination of attention over parts of the keys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from attnx._checks import expect, expect_float, expect_shape
+
+
+def merge_attention(
+    outputs: Sequence[jax.Array], lses: Sequence[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """Merges attention over disjoint parts of the keys into attention over all of them.
+
+    Exact for any split, parts that a query does not see at all included: they come with
+    log-sum-exp -inf and weigh nothing.
+
+    Args:
+      outputs: one `[..., V]` a part.
+      lses: one `[...]` a part, the natural log-sum-exp that came with it.
+
+    Returns:
+      The output `[..., V]` in the first output's dtype, and the log-sum-exp `[...]`.
+
+    Raises:
+      ValueError: no part, or shapes that differ.
+
+    Example:
+      >>> import jax, attnx
+      >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 8, 2, 16))
+      >>> parts = [
+      ...     attnx.dot_product_attention(q, k[:, s], v[:, s], return_residual=True)
+      ...     for s in (slice(0, 3), slice(3, 8))
+      ... ]
+      >>> out, lse = attnx.merge_attention(*zip(*parts))
+      >>> bool(abs(out - attnx.dot_product_attention(q, k, v)).max() < 1e-5)
+      True
+    """
+    outputs, lses = list(outputs), list(lses)
+    expect(len(outputs) >= 1, "outputs", "at least one part", len(outputs))
+    expect(len(lses) == len(outputs), "lses", f"{len(outputs)} parts", len(lses))
+    for out, lse in zip(outputs, lses, strict=True):
+        expect_float("outputs", out)
+        expect_shape("outputs", out, outputs[0].shape)
+        expect_shape("lses", lse, outputs[0].shape[:-1])
+
+    dtype = jnp.promote_types(outputs[0].dtype, jnp.float32)
+    lse = jnp.stack(lses).astype(dtype)
+    peak = jax.lax.stop_gradient(lse.max(0))
+    peak = jnp.where(jnp.isfinite(peak), peak, 0)
+    weights = jnp.exp(lse - peak)
+    total = weights.sum(0)
+    empty = total == 0
+    total = jnp.where(empty, 1, total)
+    parts = jnp.stack(outputs).astype(dtype)
+    out = (weights[..., None] * parts).sum(0) / total[..., None]
+    merged = jnp.where(empty, -jnp.inf, peak + jnp.log(total))
+    return out.astype(outputs[0].dtype), merged
