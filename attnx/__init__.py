@@ -2,7 +2,11 @@
 
 from attnx import masks as masks
 from attnx._dispatch import explain as explain
+from attnx.cache import KVCache as KVCache
+from attnx.linear import linear_attention as linear_attention
 from attnx.softmax import BlockMask as BlockMask
 from attnx.softmax import block_sparse_attention as block_sparse_attention
+from attnx.softmax import decode_attention as decode_attention
 from attnx.softmax import dot_product_attention as dot_product_attention
 from attnx.softmax import merge_attention as merge_attention
+from attnx.softmax import neighborhood_attention as neighborhood_attention

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 from attnx._checks import expect, expect_float, expect_shape
-from attnx._dispatch import dispatch
-from attnx.softmax import reference, xla
 from attnx.softmax.block_mask import BlockMask
-from attnx.softmax.masks import Causal, Dense, Full, Lengths, Mask, Window
+from attnx.softmax.engine import attend, check_arrays
+from attnx.softmax.mask import Mask
+from attnx.softmax.masks import Causal, Dense, Full, Lengths, Window
+from attnx.softmax.merge import merge_attention
+from attnx.softmax.neighborhood import (
+    Neighborhood,
+    choose_tile,
+    from_tiles,
+    to_tiles,
+    windows,
+)
 
 
 def dot_product_attention(
@@ -166,123 +175,119 @@ def block_sparse_attention(
     return (out, lse) if return_residual else out
 
 
-def attend(
-    mechanism: str,
+def neighborhood_attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    bias: jax.Array | None,
     *,
-    mask: Mask | BlockMask,
-    scale: float | jax.Array | None,
-    implementation: str | None,
-    block_size: tuple[int, int] | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Runs the engine on checked arrays: what every softmax mechanism comes to."""
-    batch, query_len, heads, head_size = query.shape
-    key_len = key.shape[1]
-    if isinstance(mask, BlockMask):
-        check_lists(mask, query, key)
-    if scale is None:
-        scale = head_size**-0.5
-    elif not isinstance(scale, int | float):
-        # A traced scale has a gradient, which the query's gives.
-        query, scale = query * jnp.asarray(scale, query.dtype), 1.0
+    kernel_size: int | tuple[int, ...],
+    stride: int | tuple[int, ...] = 1,
+    dilation: int | tuple[int, ...] = 1,
+    is_causal: bool | tuple[bool, ...] = False,
+    scale: float | jax.Array | None = None,
+    extra_key: jax.Array | None = None,
+    extra_value: jax.Array | None = None,
+    implementation: str | None = None,
+    return_residual: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Attends to the `kernel_size` nearest tokens along each axis of space.
 
-    def block_mask():
-        if isinstance(mask, BlockMask):
-            return mask
-        return BlockMask.from_mask(
-            mask,
-            query_len,
-            key_len,
-            block_size=block_size or (min(128, query_len), min(128, key_len)),
-            batch=batch,
-            heads=heads,
-        )
+    Generalized Neighborhood Attention (arXiv 2504.16922) with NATTEN's exact windows:
+    shifted inward at the edges, never truncated. Each option is one value, or one an
+    axis.
 
-    return dispatch(
-        mechanism,
-        implementation,
-        {
-            "reference": functools.partial(
-                reference.attention, mask=mask, scale=float(scale)
-            ),
-            "xla": lambda *arrays: xla.attention(
-                *arrays, block_mask=block_mask(), scale=float(scale)
-            ),
-        },
-        unsupported,
-        query,
-        key,
-        value,
-        bias,
-    )
+    Args:
+      query: `[B, *space, N, H]`, space having 1, 2 or 3 axes.
+      key: `[B, *space, K, H]`; K divides N.
+      value: `[B, *space, K, V]`.
+      kernel_size: keys attended along each axis; times dilation at most the axis.
+      stride: queries in a row that share a window, at most `kernel_size`.
+      dilation: distance between the keys of a window.
+      is_causal: whether later keys along the axis are hidden.
+      scale: factor on the scores, by default `H ** -0.5`.
+      extra_key: `[B, E, K, H]`, keys that every query sees beside its neighborhood.
+      extra_value: `[B, E, K, V]`, their values; given with `extra_key` or not at all.
+      implementation: as in `dot_product_attention`.
+      return_residual: as in `dot_product_attention`.
 
+    Returns:
+      The output `[B, *space, N, V]`; with `return_residual` also the natural
+      log-sum-exp, float32 `[B, *space, N]`.
 
-def unsupported(
-    implementation: str,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    bias: jax.Array | None,
-) -> str | None:
-    """Why an implementation cannot serve a call, or None: the truth about support."""
-    return None
+    Raises:
+      ValueError: shapes or options that do not fit.
+      NotImplementedError: an `implementation` that does not serve the call.
 
+    Example:
+      FreeSwim's inward window (arXiv 2511.14712) for a video model trained at 480 x 832
+      is all of time and 31 x 53 tokens of space; here on a small video:
 
-def check_arrays(
-    query: ArrayLike, key: ArrayLike, value: ArrayLike
-) -> tuple[jax.Array, jax.Array, jax.Array, bool]:
-    """Refuses arrays that do not fit; gives them with a batch axis, and if they had."""
+      >>> import jax, attnx
+      >>> video = jax.random.normal(jax.random.key(0), (1, 3, 34, 60, 2, 16))
+      >>> attnx.neighborhood_attention(
+      ...     video, video, video, kernel_size=(3, 31, 53)
+      ... ).shape
+      (1, 3, 34, 60, 2, 16)
+    """
     query, key, value = (jnp.asarray(x) for x in (query, key, value))
-    expect(query.ndim in (3, 4), "query", "[B, T, N, H] or [T, N, H]", query.shape)
-    names = ("query", "key", "value")
-    for name, x in zip(names, (query, key, value), strict=True):
-        expect(x.ndim == query.ndim, name, f"{query.ndim} axes like query", x.shape)
-        expect_float(name, x)
-        expect(x.dtype == query.dtype, name, f"query's dtype {query.dtype}", x.dtype)
-        expect(x.shape[-3] >= 1, name, "at least one token", x.shape)
-    batched = query.ndim == 4
-    if not batched:
-        query, key, value = query[None], key[None], value[None]
-    batch, _, heads, head_size = query.shape
-    key_len, key_heads = key.shape[1:3]
-    expect_shape("key", key, (batch, key_len, key_heads, head_size))
-    expect_shape("value", value, (batch, key_len, key_heads, value.shape[3]))
-    expect(
-        key_heads >= 1 and heads % key_heads == 0,
-        "key",
-        f"a number of heads that divides query's {heads}",
-        key_heads,
+    expect(query.ndim in (4, 5, 6), "query", "[B, *space, N, H]", query.shape)
+    for name, x in (("key", key), ("value", value)):
+        fits = x.ndim == query.ndim and x.shape[1:-2] == query.shape[1:-2]
+        expect(fits, name, f"query's space {query.shape[1:-2]}", x.shape)
+    space = query.shape[1:-2]
+    axes = windows(space, kernel_size, stride, dilation, is_causal)
+    mask = Neighborhood(space, kernel_size, stride, dilation, is_causal)
+
+    def flat(x):
+        return x.reshape(x.shape[0], -1, *x.shape[-2:])
+
+    check_arrays(flat(query), flat(key), flat(value))
+    extra = _extra(extra_key, extra_value, key, value)
+    run = functools.partial(
+        attend,
+        "neighborhood_attention",
+        bias=None,
+        scale=scale,
+        implementation=implementation,
     )
-    return query, key, value, batched
+    if implementation == "reference":
+        out, lse = run(flat(query), flat(key), flat(value), mask=mask)
+        out, lse = (x.reshape(*query.shape[:-1], *x.shape[3:]) for x in (out, lse))
+    else:
+        # In tile order a block of the score matrix is a box against a box.
+        tile = choose_tile(axes)
+        tiled = [to_tiles(x, axes, tile) for x in (query, key, value)]
+        mask = dataclasses.replace(mask, tile=tile)
+        lists = functools.partial(
+            BlockMask.from_mask,
+            mask,
+            *(tiled[0].shape[1],) * 2,
+            block_size=(math.prod(tile),) * 2,
+        )
+        out, lse = run(*tiled, mask=mask, lists=lists)
+        out, lse = (from_tiles(x, axes, tile) for x in (out, lse))
+    if extra is not None:
+        more, more_lse = run(flat(query), *extra, mask=Full())
+        more = more.reshape(out.shape)
+        out, lse = merge_attention((out, more), (lse, more_lse.reshape(lse.shape)))
+    return (out, lse) if return_residual else out
 
 
-def check_lists(lists: BlockMask, query: jax.Array, key: jax.Array) -> None:
-    """Refuses block lists that do not fit the arrays."""
-    batch, query_len, heads, _ = query.shape
-    key_len, key_heads = key.shape[1:3]
-    lengths = (lists.query_len, lists.key_len)
-    expect(
-        lengths == (query_len, key_len),
-        "block_mask",
-        f"lists for {query_len} queries and {key_len} keys",
-        f"{lengths[0]} and {lengths[1]}",
-    )
-    blocks = -(-query_len // lists.block_size[0])
-    shape = lists.indices.shape
-    expect(
-        len(shape) == 4
-        and shape[0] in (1, batch)
-        and shape[1] in (1, key_heads, heads)
-        and shape[2] == blocks,
-        "block_mask.indices",
-        f"[{batch} or 1, {heads} or {key_heads} or 1, {blocks}, slots]",
-        shape,
-    )
-    for name in ("counts", "partial_counts"):
-        expect_shape(f"block_mask.{name}", getattr(lists, name), shape[:3])
+def _extra(extra_key, extra_value, key, value):
+    if extra_key is None and extra_value is None:
+        return None
+    for name, x, like in (
+        ("extra_key", extra_key, key),
+        ("extra_value", extra_value, value),
+    ):
+        expect(x is not None, name, "both extra_key and extra_value", None)
+        fits = x.ndim == 4 and (x.shape[0], *x.shape[2:]) == (
+            like.shape[0],
+            *like.shape[-2:],
+        )
+        wanted = f"({like.shape[0]}, E, {like.shape[-2]}, {like.shape[-1]})"
+        expect(fits, name, wanted, x.shape)
+    return extra_key, extra_value
 
 
 def _mask(mask, sizes) -> Mask | BlockMask:

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from attnx._checks import expect, is_traced
-from attnx.softmax.masks import Full, Mask, Tiles, mask_class
+from attnx.softmax.mask import Mask, Tiles, mask_class
+from attnx.softmax.masks import Full
 
 SKIP, PARTIAL, FULL = 0, 1, 2
 
@@ -23,8 +24,8 @@ class BlockMask:
     The lists are arrays: others of the same shape reuse the compiled program.
 
     Attributes:
-      indices: int32 `[B or 1, N or K or 1, nq, slots]`, key blocks by number. Slots past
-        the count hold valid numbers and are not visited.
+      indices: int32 `[B or 1, N or K or 1, nq, slots]`, numbers of key blocks. Slots
+        past the count hold valid numbers and are not visited.
       counts: int32 `[B or 1, N or K or 1, nq]`, blocks visited.
       partial_counts: the same shape, how many of them are partial.
       mask: the predicate for partial blocks.
@@ -55,7 +56,7 @@ class BlockMask:
         """Lists the blocks that a mask touches.
 
         Where the mask is known at trace time the lists are as long as the longest;
-        where it holds traced arrays they have room for every block, and the counts vary.
+        where it holds traced arrays they have room for every block and counts vary.
 
         Args:
           mask: the predicate.

@@ -1,10 +1,10 @@
 """Neighborhood windows: their arithmetic, the mask, and the order of tokens in tiles.
 
-Follows NATTEN: Generalized Neighborhood Attention (arXiv 2504.16922). Along each axis a
-query attends a window of exactly `kernel_size` keys that is shifted inward at the edges,
-never truncated. With dilation d an axis falls into d interleaved groups that do not see
-each other; with stride s all s queries of a group share the window of their centre (or,
-on a causal axis, of their last).
+Follows NATTEN: Generalized Neighborhood Attention (arXiv 2504.16922). Along each axis
+a query attends a window of exactly `kernel_size` keys that is shifted inward at the
+edges, never truncated. With dilation d an axis falls into d interleaved groups that do
+not see each other; with stride s all s queries of a group share the window of their
+centre (or, on a causal axis, of their last).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from attnx._checks import expect
-from attnx.softmax.masks import Mask, mask_class
+from attnx.softmax.mask import Mask, mask_class
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Softmax attention by its definition: the specification of the other implementations."""
+"""Softmax attention by its definition: the specification of all implementations."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from attnx.softmax.block_mask import BlockMask
-from attnx.softmax.masks import Mask
+from attnx.softmax.mask import Mask
 
 
 def attention(

@@ -29,7 +29,7 @@ def attention(
     block_mask: BlockMask,
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attends over the listed blocks. Arrays and results as in `reference.attention`."""
+    """Attends over the listed blocks, as `reference.attention` over its mask."""
     return _compiled(query, key, value, bias, block_mask, scale)
 
 
@@ -55,7 +55,7 @@ def _forward(query, key, value, bias, block_mask, scale):
             weights, decay = jnp.exp(scores - base), jnp.exp(peak - base)
             total = total * decay + weights.sum(-1, keepdims=True)
             values = cut.keys(v, item, strip)
-            out = out * decay + _dot("bkgts,bksv->bkgtv", weights, values, cut.dtype)
+            out = out * decay + _dot("bkgts,bskv->bkgtv", weights, values, cut.dtype)
             return new_peak, total, out
 
         rows = q_block.shape[:-1]
@@ -84,9 +84,7 @@ def _backward(scale, residuals, cotangents):
     delta = (d_out.astype(cut.dtype) * out.astype(cut.dtype)).sum(-1) - d_lse
     # A query that saw nothing gets the weight exp(-inf) everywhere.
     lse = jnp.where(jnp.isfinite(lse), lse, jnp.inf)
-    rows = [
-        cut.split(x, cut.block_q) for x in (d_out, lse[..., None], delta[..., None])
-    ]
+    rows = [cut.pad(x, cut.block_q) for x in (d_out, lse[..., None], delta[..., None])]
 
     def query_block(carry, item):
         q_block, d_out, lse, delta = (cut.queries(x, item) for x in (q, *rows))
@@ -97,15 +95,15 @@ def _backward(scale, residuals, cotangents):
             scores = cut.scores(q_block, k, b, item, strip, scale)
             weights = jnp.exp(scores - lse)
             values = cut.keys(v, item, strip)
-            d_weights = _dot("bkgtv,bksv->bkgts", d_out, values, cut.dtype)
+            d_weights = _dot("bkgtv,bskv->bkgts", d_out, values, cut.dtype)
             d_scores = weights * (d_weights - delta)
             if b is not None:
                 d_bias = cut.add_bias(d_bias, item, strip, d_scores)
             d_scores *= scale
             keys = cut.keys(k, item, strip)
-            d_query += _dot("bkgts,bksh->bkgth", d_scores, keys, cut.dtype)
-            d_keys = _dot("bkgts,bkgth->bksh", d_scores, q_block, cut.dtype)
-            d_values = _dot("bkgts,bkgtv->bksv", weights, d_out, cut.dtype)
+            d_query += _dot("bkgts,bskh->bkgth", d_scores, keys, cut.dtype)
+            d_keys = _dot("bkgts,bkgth->bskh", d_scores, q_block, cut.dtype)
+            d_values = _dot("bkgts,bkgtv->bskv", weights, d_out, cut.dtype)
             d_key = cut.add_keys(d_key, item, strip, d_keys)
             d_value = cut.add_keys(d_value, item, strip, d_values)
             return d_query, d_key, d_value, d_bias
@@ -119,8 +117,8 @@ def _backward(scale, residuals, cotangents):
     d_key, d_value, d_bias = carry
     return (
         cut.join(d_query),
-        jnp.swapaxes(d_key, 1, 2)[:, : key.shape[1]].astype(key.dtype),
-        jnp.swapaxes(d_value, 1, 2)[:, : key.shape[1]].astype(value.dtype),
+        _crop(d_key, key),
+        _crop(d_value, value),
         None if bias is None else _crop(d_bias, bias),
         None,
     )
@@ -134,10 +132,10 @@ _compiled = jax.jit(_attention, static_argnums=5)
 class _Cut:
     """How the arrays are cut, and the slices one item of work reads and adds to.
 
-    Heads move before tokens and tokens are padded to whole blocks. Batch rows and heads
-    that share a list are worked on together: B = outer * inner, and so N. An item is
-    (outer batch row, outer head, query block). Inside it arrays are `[inner batch, key
-    heads, query heads for each, ...]`.
+    Tokens are padded to whole blocks. Batch rows and heads that share a list are worked
+    on together: B = outer * inner, and so N. An item is (outer batch row, outer head,
+    query block). Inside it arrays are `[inner batch, key heads, query heads for each,
+    ...]`.
     """
 
     lists: BlockMask
@@ -179,8 +177,8 @@ class _Cut:
         return self.lists.block_size[1]
 
     def arrays(self, query, key, value, bias):
-        q = self.split(query, self.block_q)
-        k, v = self.split(key, self.block_k), self.split(value, self.block_k)
+        q = self.pad(query, self.block_q)
+        k, v = self.pad(key, self.block_k), self.pad(value, self.block_k)
         if bias is not None:
             sizes = (1, 1, self.block_q, self.block_k)
             pad = [
@@ -190,10 +188,9 @@ class _Cut:
             bias = jnp.pad(bias, pad)
         return q, k, v, bias
 
-    def split(self, x, block):
-        """`[B, T, N, H]` to `[B, N, T', H]`."""
-        pad = [(0, 0), (0, -x.shape[1] % block), (0, 0), (0, 0)]
-        return jnp.swapaxes(jnp.pad(x, pad), 1, 2)
+    def pad(self, x, block):
+        """Pads the tokens of `[B, T, N, H]` to whole blocks."""
+        return jnp.pad(x, [(0, 0), (0, -x.shape[1] % block), (0, 0), (0, 0)])
 
     def join(self, x):
         """Stacked results of the items to `[B, T, N, H]`."""
@@ -225,7 +222,7 @@ class _Cut:
     def scores(self, q_block, k, bias, item, strip, scale):
         chosen, is_listed, is_full = strip
         keys = self.keys(k, item, strip)
-        scores = _dot("bkgth,bksh->bkgts", q_block, keys, self.dtype) * scale
+        scores = _dot("bkgth,bskh->bkgts", q_block, keys, self.dtype) * scale
         if bias is not None:
             parts = [self._bias(bias, item, j) for j in chosen]
             one = bias.shape[-1] == 1
@@ -252,20 +249,20 @@ class _Cut:
         batch, head, block = item
         start = (
             batch * self.inner_batch,
-            head * self.inner_heads,
             block * self.block_q,
+            head * self.inner_heads,
             0,
         )
-        sizes = (self.inner_batch, self.inner_heads, self.block_q, x.shape[-1])
-        x = lax.dynamic_slice(x, start, sizes)
-        return x.reshape(self.inner_batch, self.key_heads, -1, *sizes[2:])
+        sizes = (self.inner_batch, self.block_q, self.inner_heads, x.shape[-1])
+        x = jnp.swapaxes(lax.dynamic_slice(x, start, sizes), 1, 2)
+        return x.reshape(self.inner_batch, self.key_heads, -1, *x.shape[2:])
 
     def keys(self, x, item, strip):
         parts = [lax.dynamic_slice(x, *self._at(x, item, j)) for j in strip[0]]
-        return jnp.concatenate(parts, 2)
+        return jnp.concatenate(parts, 1)
 
     def add_keys(self, total, item, strip, update):
-        parts = jnp.split(update, self.width, 2)
+        parts = jnp.split(update, self.width, 1)
         for j, part in zip(strip[0], parts, strict=True):
             total = _add(total, part, *self._at(total, item, j))
         return total
@@ -283,8 +280,8 @@ class _Cut:
     def _at(self, x, item, j):
         batch, head, _ = item
         head = head * self.inner_heads // self.groups
-        start = (batch * self.inner_batch, head, j * self.block_k, 0)
-        return start, (self.inner_batch, self.key_heads, self.block_k, x.shape[-1])
+        start = (batch * self.inner_batch, j * self.block_k, head, 0)
+        return start, (self.inner_batch, self.block_k, self.key_heads, x.shape[-1])
 
     def _bias(self, bias, item, j):
         return lax.dynamic_slice(bias, *self._bias_at(bias, item, j))

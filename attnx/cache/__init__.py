@@ -1,0 +1,3 @@
+"""What generation keeps of the past."""
+
+from attnx.cache.kv_cache import KVCache as KVCache

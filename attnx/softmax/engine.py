@@ -1,0 +1,152 @@
+"""What every softmax mechanism comes to: one checked call, one choice, two loops."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from attnx._checks import expect, expect_float, expect_shape
+from attnx._dispatch import dispatch
+from attnx.softmax import reference, xla
+from attnx.softmax.block_mask import BlockMask
+from attnx.softmax.mask import Mask
+
+
+def attend(
+    mechanism: str,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None,
+    *,
+    mask: Mask | BlockMask,
+    scale: float | jax.Array | None,
+    implementation: str | None,
+    lists: Callable[[], BlockMask] | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs the engine on checked arrays: what every softmax mechanism comes to.
+
+    Args:
+      mechanism: the public function's name.
+      query: `[B, T, N, H]`.
+      key: `[B, S, K, H]`.
+      value: `[B, S, K, V]`.
+      bias: four axes, broadcastable to `[B, N, T, S]`, or None.
+      mask: who sees whom.
+      scale: factor on the scores; None for `H ** -0.5`.
+      implementation: a name or None.
+      lists: makes the block lists of `mask` where the usual ones would not do.
+
+    Returns:
+      The output `[B, T, N, V]` and the log-sum-exp `[B, T, N]`.
+    """
+    batch, query_len, heads, head_size = query.shape
+    key_len = key.shape[1]
+    if isinstance(mask, BlockMask):
+        check_lists(mask, query, key)
+    if scale is None:
+        scale = head_size**-0.5
+    elif not isinstance(scale, int | float):
+        # A traced scale has a gradient, which the query's gives.
+        query, scale = query * jnp.asarray(scale, query.dtype), 1.0
+
+    def block_mask():
+        if isinstance(mask, BlockMask):
+            return mask
+        if lists is not None:
+            return lists()
+        return BlockMask.from_mask(
+            mask,
+            query_len,
+            key_len,
+            block_size=(min(128, query_len), min(128, key_len)),
+            batch=batch,
+            heads=heads,
+        )
+
+    return dispatch(
+        mechanism,
+        implementation,
+        {
+            "reference": functools.partial(
+                reference.attention, mask=mask, scale=float(scale)
+            ),
+            "xla": lambda *arrays: xla.attention(
+                *arrays, block_mask=block_mask(), scale=float(scale)
+            ),
+        },
+        unsupported,
+        query,
+        key,
+        value,
+        bias,
+    )
+
+
+def unsupported(
+    implementation: str,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None,
+) -> str | None:
+    """Why an implementation cannot serve a call, or None: the truth about support."""
+    return None
+
+
+def check_arrays(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike
+) -> tuple[jax.Array, jax.Array, jax.Array, bool]:
+    """Refuses arrays that do not fit; gives them with a batch axis, and if they had."""
+    query, key, value = (jnp.asarray(x) for x in (query, key, value))
+    expect(query.ndim in (3, 4), "query", "[B, T, N, H] or [T, N, H]", query.shape)
+    names = ("query", "key", "value")
+    for name, x in zip(names, (query, key, value), strict=True):
+        expect(x.ndim == query.ndim, name, f"{query.ndim} axes like query", x.shape)
+        expect_float(name, x)
+        expect(x.dtype == query.dtype, name, f"query's dtype {query.dtype}", x.dtype)
+        expect(x.shape[-3] >= 1, name, "at least one token", x.shape)
+    batched = query.ndim == 4
+    if not batched:
+        query, key, value = query[None], key[None], value[None]
+    batch, _, heads, head_size = query.shape
+    key_len, key_heads = key.shape[1:3]
+    expect_shape("key", key, (batch, key_len, key_heads, head_size))
+    expect_shape("value", value, (batch, key_len, key_heads, value.shape[3]))
+    expect(
+        key_heads >= 1 and heads % key_heads == 0,
+        "key",
+        f"a number of heads that divides query's {heads}",
+        key_heads,
+    )
+    return query, key, value, batched
+
+
+def check_lists(lists: BlockMask, query: jax.Array, key: jax.Array) -> None:
+    """Refuses block lists that do not fit the arrays."""
+    batch, query_len, heads, _ = query.shape
+    key_len, key_heads = key.shape[1:3]
+    lengths = (lists.query_len, lists.key_len)
+    expect(
+        lengths == (query_len, key_len),
+        "block_mask",
+        f"lists for {query_len} queries and {key_len} keys",
+        f"{lengths[0]} and {lengths[1]}",
+    )
+    blocks = -(-query_len // lists.block_size[0])
+    shape = lists.indices.shape
+    expect(
+        len(shape) == 4
+        and shape[0] in (1, batch)
+        and shape[1] in (1, key_heads, heads)
+        and shape[2] == blocks,
+        "block_mask.indices",
+        f"[{batch} or 1, {heads} or {key_heads} or 1, {blocks}, slots]",
+        shape,
+    )
+    for name in ("counts", "partial_counts"):
+        expect_shape(f"block_mask.{name}", getattr(lists, name), shape[:3])
