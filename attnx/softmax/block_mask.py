@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -67,16 +68,12 @@ class BlockMask:
           heads: N, for masks that differ between heads.
         """
         _check_sizes(query_len, key_len, block_size)
+        sizes = (query_len, key_len, block_size, batch, heads)
         with _eager_if_known(mask):
-            tiles = Tiles.grid(query_len, key_len, block_size, batch, heads)
-            some, every = mask.bounds(tiles)
-            state = jnp.where(some, jnp.where(every, FULL, PARTIAL), SKIP)
-            grid = _grid(query_len, key_len, block_size)
-            shape = jnp.broadcast_shapes(state.shape, (1, 1, *grid))
-            state = jnp.broadcast_to(state, shape)
-            return cls.from_tiles(
-                state, query_len, key_len, block_size=block_size, mask=mask
-            )
+            tiles = _classify(mask, *sizes)
+        return cls.from_tiles(
+            tiles, query_len, key_len, block_size=block_size, mask=mask
+        )
 
     @classmethod
     def from_tiles(
@@ -100,27 +97,27 @@ class BlockMask:
           mask: the predicate of partial blocks; by default everything is visible.
         """
         _check_sizes(query_len, key_len, block_size)
-        tiles = jnp.asarray(tiles)
-        grid = _grid(query_len, key_len, block_size)
-        expect(tiles.ndim in (2, 3, 4), "tiles", "2 to 4 axes", f"{tiles.ndim}")
-        expect(tiles.shape[-2:] == grid, "tiles", f"[..., {grid}]", tiles.shape)
-        expect(
-            tiles.dtype == bool or jnp.issubdtype(tiles.dtype, jnp.integer),
-            "tiles",
-            "a boolean or integer dtype",
-            tiles.dtype,
-        )
-        tiles = tiles.reshape((1,) * (4 - tiles.ndim) + tiles.shape)
-        if tiles.dtype == bool:
-            tiles = jnp.where(tiles, FULL if mask is None else PARTIAL, SKIP)
         with _eager_if_known(tiles):
+            tiles = jnp.asarray(tiles)
+            grid = _grid(query_len, key_len, block_size)
+            expect(tiles.ndim in (2, 3, 4), "tiles", "2 to 4 axes", tiles.ndim)
+            expect(tiles.shape[-2:] == grid, "tiles", f"[..., {grid}]", tiles.shape)
+            expect(
+                tiles.dtype == bool or jnp.issubdtype(tiles.dtype, jnp.integer),
+                "tiles",
+                "a boolean or integer dtype",
+                tiles.dtype,
+            )
+            tiles = tiles.reshape((1,) * (4 - tiles.ndim) + tiles.shape)
+            if tiles.dtype == bool:
+                tiles = jnp.where(tiles, FULL if mask is None else PARTIAL, SKIP)
             if key_len % block_size[1]:
                 # Only the predicate's path looks at where the keys end.
                 last = jnp.minimum(tiles[..., -1], PARTIAL)
                 tiles = tiles.at[..., -1].set(last)
             indices, counts, partial_counts = _compact(tiles)
-        if not is_traced(counts):
-            indices = indices[..., : max(1, int(counts.max()))]
+            if not is_traced(counts):
+                indices = indices[..., : max(1, int(counts.max()))]
         return cls(
             indices,
             counts,
@@ -179,6 +176,17 @@ class BlockMask:
         return (tiles == FULL) | ((tiles == PARTIAL) & seen)
 
 
+@functools.partial(jax.jit, static_argnums=range(1, 6))
+def _classify(mask, query_len, key_len, block_size, batch, heads):
+    """The map of blocks that a mask makes."""
+    grid = _grid(query_len, key_len, block_size)
+    some, every = mask.bounds(Tiles.grid(query_len, key_len, block_size, batch, heads))
+    tiles = jnp.where(some, jnp.where(every, FULL, PARTIAL), SKIP)
+    shape = jnp.broadcast_shapes(tiles.shape, (1, 1, *grid))
+    return jnp.broadcast_to(tiles, shape)
+
+
+@jax.jit
 def _compact(tiles):
     """Lists the blocks of each row of a map, partial ones first, by counting."""
     blocks = tiles.shape[-1]

@@ -63,7 +63,7 @@ def attend(
             mask,
             query_len,
             key_len,
-            block_size=(min(128, query_len), min(128, key_len)),
+            block_size=(min(256, query_len), min(128, key_len)),
             batch=batch,
             heads=heads,
         )

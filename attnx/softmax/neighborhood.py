@@ -218,8 +218,8 @@ def from_tiles(
 
 
 def choose_tile(axes: tuple[Window1D, ...]) -> tuple[int, ...]:
-    """A tile of about 128 tokens, nearly cubic, no larger than a dilation group."""
-    preferred = {1: (128,), 2: (8, 16), 3: (4, 4, 8)}[len(axes)]
+    """A tile nearly cubic, no larger than a dilation group."""
+    preferred = {1: (128,), 2: (8, 8), 3: (4, 4, 4)}[len(axes)]
     return tuple(
         min(size, -(-axis.length // axis.dilation))
         for size, axis in zip(preferred, axes, strict=True)

@@ -17,7 +17,7 @@ from jax import lax
 from attnx.softmax.block_mask import BlockMask
 
 # A strip of scores this large stays in the cache of a CPU core.
-_STRIP_BYTES = 1 << 20
+_STRIP_BYTES = 1 << 19
 
 
 def attention(
