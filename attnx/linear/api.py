@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from attnx._checks import expect, expect_float, expect_shape
 from attnx._dispatch import dispatch
-from attnx.linear import reference
+from attnx.linear import reference, xla
 
 
 def linear_attention(
@@ -108,6 +108,7 @@ def linear_attention(
     static = {"reverse": reverse, "normalize": normalize}
     candidates = {
         "reference": functools.partial(reference.linear_attention, **static),
+        "xla": functools.partial(xla.linear_attention, **static),
     }
     out, state = dispatch(
         "linear_attention",

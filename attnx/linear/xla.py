@@ -1,0 +1,219 @@
+"""Linear attention by chunks: matrix products inside a chunk, a state between chunks.
+
+One function, `_chunk`, holds the mathematics of a chunk (arXiv:2312.06635 section 4;
+arXiv:2401.04658 eqs. 6-9) and `jax.lax.scan` runs it over the sequence. Differentiated
+under `jax.checkpoint`, the scan stores the inputs and the state at each chunk's edge,
+nothing of size T x T or T x chunk, and the backward scan does each chunk again.
+
+No weight is ever made as e^G * e^-G, which overflows for strong decay: each is the
+exponential of a sum of log decays between two tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from attnx.linear.normalizer import append_ones, divide_by_last
+
+# Tokens a chunk. Longer chunks store fewer states and do more work inside the chunk.
+CHUNK = 64
+
+# A log decay that forgets everything: e^-1000 is 0 in float32 and in float64.
+FORGET = -1000.0
+
+
+class _Weights(NamedTuple):
+    """How much of what a chunk's rows see of one another and of the state.
+
+    With C tokens a chunk and D either 1 (one decay for all channels) or H.
+    """
+
+    within: jax.Array | None  # [..., C, C]: scale e^(G_i - G_j), 0 above the diagonal
+    entering: jax.Array  # [..., C, D]: scale e^(G_i), from the state that enters
+    leaving: jax.Array  # [..., C, D]: e^(G_C - G_j), to the state that leaves
+    across: jax.Array  # [..., D, 1]: e^(G_C), from state to state
+
+
+def linear_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    scale: jax.Array,
+    log_decay: jax.Array | None,
+    initial_state: jax.Array | None,
+    segment_ids: jax.Array | None,
+    *,
+    reverse: bool,
+    normalize: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """See `attnx.linear_attention`; returns the output and the final state."""
+    batch, length, num_heads, head_size = query.shape
+    dtype = scale.dtype
+    if initial_state is None:
+        shape = (batch, num_heads, head_size, value.shape[-1] + normalize)
+        initial_state = jnp.zeros_like(query, dtype, shape=shape)
+    chunk_size = min(CHUNK, 1 << (length - 1).bit_length())
+    ragged = length % chunk_size > 0
+    log_decay = _log_decay(log_decay, segment_ids, query, dtype, reverse, ragged)
+
+    weights = None
+    tokens = [query, key, value]
+    if log_decay.ndim == 1:
+        weights = _head_weights(jnp.tile(log_decay[:, None], chunk_size), scale)
+    else:
+        tokens.append(log_decay)
+    chunks = [_split(x, chunk_size, reverse) for x in tokens]
+
+    # Inside a scan there is nothing for the barriers that prevent_cse adds to protect.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def step(state, chunk):
+        return _chunk(state, *chunk, weights=weights, scale=scale, normalize=normalize)
+
+    state, out = jax.lax.scan(step, initial_state, tuple(chunks))
+    return _join(out, length, reverse), state
+
+
+def _chunk(state, query, key, value, log_decay=None, *, weights, scale, normalize):
+    """The state after a chunk and its outputs, from the state before it.
+
+    `query` is `[B, C, N, H]`, `key` and `value` have their K heads; `weights` are
+    those shared by all chunks, or None and then they come from `log_decay`.
+    """
+    num_heads = query.shape[2]
+    # bfloat16 products are exact in float32, where they are summed; float16 would
+    # overflow as the state is read.
+    low = all(x.dtype == jnp.bfloat16 for x in (query, key, value))
+    dot = functools.partial(_dot, jnp.bfloat16 if low else state.dtype, state.dtype)
+    q, k, v = (_heads_first(x, num_heads) for x in (query, key, value))
+    if normalize:
+        v = append_ones(v)
+
+    if log_decay is not None and log_decay.ndim == 4:
+        inside, weights = _channel_decay(q, k, v, _heads_first(log_decay), scale, dot)
+        out = inside + dot(weights.entering * q, state)
+    else:
+        if weights is None:
+            weights = _head_weights(jnp.swapaxes(log_decay, 1, 2), scale)
+        out = dot(weights.within * dot(q, k.mT), v) + weights.entering * dot(q, state)
+    state = weights.across * state + dot((weights.leaving * k).mT, v)
+    if normalize:
+        out = divide_by_last(out)
+    return state, jnp.swapaxes(out, 1, 2).astype(query.dtype)
+
+
+def _head_weights(log_decay: jax.Array, scale: jax.Array) -> _Weights:
+    """The weights for one decay a token and head, `log_decay` being `[..., C]`.
+
+    A difference of two long sums would lose the small decays behind a large one, so
+    sums are kept in two parts: multiples of 1/64, whose sums are exact, and the rest.
+    """
+    coarse = jax.lax.stop_gradient(jnp.round(log_decay * 64) / 64)
+    sums = [jnp.cumsum(part, axis=-1) for part in (coarse, log_decay - coarse)]
+    total = [part[..., -1:] for part in sums]
+    between = sum(part[..., :, None] - part[..., None, :] for part in sums)
+    past = jnp.tri(log_decay.shape[-1], dtype=bool)
+    # The mask is inside the exponential: beyond it lie overflows.
+    within = scale * jnp.exp(jnp.where(past, between, -jnp.inf))
+    entering = scale * jnp.exp(sum(sums))
+    leaving = jnp.exp(sum(t - part for t, part in zip(total, sums, strict=True)))
+    across = jnp.exp(sum(total))
+    return _Weights(within, entering[..., None], leaving[..., None], across[..., None])
+
+
+def _channel_decay(q, k, v, log_decay, scale, dot) -> tuple[jax.Array, _Weights]:
+    """What a chunk's tokens see of one another under one decay a channel.
+
+    Blocks of 1, 2, 4, ... tokens are joined in pairs. Between the two blocks of a pair
+    the weight is a product of what is left of the key at the end of its block, and of
+    the decay from there to the query: two factors below 1, and a matrix product.
+    `until[i]` sums a block's log decays up to token i, `after[i]` those behind it.
+    """
+    chunk_size = q.shape[-2]
+    out = scale * jnp.sum(q * k, -1, keepdims=True) * v
+    until, after = log_decay, jnp.zeros_like(log_decay)
+    size = 1
+    while size < chunk_size:
+        pairs = functools.partial(_pairs, size=size)
+        (_, right_q), (left_k, _), (left_v, _) = pairs(q), pairs(k), pairs(v)
+        (left_until, right_until), (left_after, right_after) = (
+            pairs(until),
+            pairs(after),
+        )
+        weights = dot(
+            scale * jnp.exp(right_until) * right_q, (jnp.exp(left_after) * left_k).mT
+        )
+        left_out, right_out = pairs(out)
+        out = _unpair(left_out, right_out + dot(weights, left_v))
+        left_total, right_total = left_until[..., -1:, :], right_until[..., -1:, :]
+        until = _unpair(left_until, left_total + right_until)
+        after = _unpair(left_after + right_total, right_after)
+        size *= 2
+    across = jnp.exp(until[..., -1, :, None])
+    return out, _Weights(None, scale * jnp.exp(until), jnp.exp(after), across)
+
+
+def _log_decay(log_decay, segment_ids, query, dtype, reverse, ragged) -> jax.Array:
+    """`[N]` if every token decays alike, or `[B, T, N]`, or `[B, T, N, H]`.
+
+    The first token of a new document forgets the old one. And a ragged end must not
+    decay the state, so there tokens do not all decay alike.
+    """
+    batch, length, num_heads, _ = query.shape
+    if log_decay is None:
+        log_decay = jnp.zeros_like(query, dtype, shape=(num_heads,))
+        ragged = False
+    log_decay = jnp.maximum(log_decay.astype(dtype), FORGET)
+    if log_decay.ndim == 1 and (ragged or segment_ids is not None):
+        log_decay = jnp.broadcast_to(log_decay, (batch, length, num_heads))
+    if segment_ids is not None:
+        starts = segment_ids[:, 1:] != segment_ids[:, :-1]
+        starts = jnp.pad(starts, ((0, 0), (0, 1) if reverse else (1, 0)))
+        starts = starts.reshape(batch, length, *[1] * (log_decay.ndim - 2))
+        log_decay = jnp.where(starts, FORGET, log_decay)
+    return log_decay
+
+
+def _dot(operands, sums, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(
+        a.astype(operands), b.astype(operands), preferred_element_type=sums
+    )
+
+
+def _heads_first(x: jax.Array, num_heads: int | None = None) -> jax.Array:
+    """`[B, C, K, H]` to `[B, N, C, H]`, each head repeated for its group of queries."""
+    x = jnp.swapaxes(x, 1, 2)
+    return x if num_heads is None else jnp.repeat(x, num_heads // x.shape[1], axis=1)
+
+
+def _pairs(x: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """The left and the right blocks, `[..., C / (2 size), size, H]`, of each pair."""
+    x = x.reshape(*x.shape[:-2], -1, 2, size, x.shape[-1])
+    return x[..., 0, :, :], x[..., 1, :, :]
+
+
+def _unpair(left: jax.Array, right: jax.Array) -> jax.Array:
+    x = jnp.stack([left, right], axis=-3)
+    return x.reshape(*x.shape[:-4], -1, x.shape[-1])
+
+
+def _split(x: jax.Array, chunk_size: int, reverse: bool) -> jax.Array:
+    """`[B, T, ...]` to `[T / C, B, C, ...]` in the order of processing.
+
+    A ragged end is filled with zeros: keys that add nothing and no decay.
+    """
+    if reverse:
+        x = jnp.flip(x, axis=1)
+    if tail := -x.shape[1] % chunk_size:
+        x = jnp.pad(x, [(0, 0), (0, tail)] + [(0, 0)] * (x.ndim - 2))
+    x = x.reshape(x.shape[0], -1, chunk_size, *x.shape[2:])
+    return jnp.moveaxis(x, 1, 0)
+
+
+def _join(x: jax.Array, length: int, reverse: bool) -> jax.Array:
+    x = jnp.moveaxis(x, 0, 1)
+    x = x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+    return jnp.flip(x, axis=1) if reverse else x
