@@ -177,7 +177,7 @@ class Dense(Mask):
     def __call__(self, batch, head, query, key):
         index = (batch, head, query, key)
         sizes = self.array.shape
-        return self.array[
+        return jnp.asarray(self.array)[
             tuple(0 if n == 1 else i for i, n in zip(index, sizes, strict=True))
         ]
 
@@ -217,4 +217,5 @@ def _at(values, index):
 
 
 def _look_up(ids, batch, index):
+    ids = jnp.asarray(ids)
     return ids[index] if ids.ndim == 1 else ids[batch, index]

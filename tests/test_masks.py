@@ -1,0 +1,157 @@
+"""Masks: what they show, what tiles they claim, and their algebra."""
+
+import itertools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from attnx import masks
+from attnx.softmax.mask import Tiles
+
+T, S = 23, 37
+IDS = jnp.array([[0] * 9 + [1] * 14, [2] * 3 + [3] * 20])
+KEY_IDS = jnp.array([[0] * 20 + [1] * 17, [3] * 30 + [2] * 7])
+
+MASKS = {
+    "full": (masks.Full(), lambda b, n, i, j: True),
+    "causal": (masks.Causal(), lambda b, n, i, j: j <= i),
+    "window": (masks.Window(4, 2), lambda b, n, i, j: i - 4 <= j <= i + 2),
+    "left": (masks.Window(4, None), lambda b, n, i, j: i - 4 <= j),
+    "window a head": (
+        masks.Window(jnp.array([1, 9]), 0),
+        lambda b, n, i, j: i - (1, 9)[n] <= j <= i,
+    ),
+    "prefix": (masks.Prefix(6), lambda b, n, i, j: j < 6),
+    "prefix a row": (
+        masks.Prefix(jnp.array([0, 30])),
+        lambda b, n, i, j: j < (0, 30)[b],
+    ),
+    "lengths": (
+        masks.Lengths(jnp.array([5, 23]), jnp.array([37, 11])),
+        lambda b, n, i, j: i < (5, 23)[b] and j < (37, 11)[b],
+    ),
+    "segments": (
+        masks.Segments(IDS, KEY_IDS),
+        lambda b, n, i, j: int(IDS[b, i]) == int(KEY_IDS[b, j]),
+    ),
+    "segments, one row": (
+        masks.Segments(IDS[0], KEY_IDS[0]),
+        lambda b, n, i, j: int(IDS[0, i]) == int(KEY_IDS[0, j]),
+    ),
+    "strided": (masks.Strided(5), lambda b, n, i, j: (i - j) % 5 == 0),
+    "offset": (
+        masks.Offset(masks.Causal(), query=jnp.array([3, 14]), key=1),
+        lambda b, n, i, j: j + 1 <= i + (3, 14)[b],
+    ),
+    "from_fn": (
+        masks.from_fn(lambda b, n, i, j, m: (i * j + n) % m == b, jnp.array(3)),
+        lambda b, n, i, j: (i * j + n) % 3 == b,
+    ),
+    "and, or, not": (
+        ~(masks.Causal() & masks.Window(7, 0)) | masks.Prefix(2),
+        lambda b, n, i, j: not (j <= i and i - 7 <= j) or j < 2,
+    ),
+}
+
+
+def dense(mask, query_len=T, key_len=S):
+    seen = mask.to_dense(query_len, key_len, batch=2, heads=2)
+    return np.broadcast_to(seen, (2, 2, query_len, key_len))
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_shows_what_its_definition_says(name):
+    mask, definition = MASKS[name]
+    want = np.array(
+        [
+            bool(definition(*pair))
+            for pair in itertools.product(range(2), range(2), range(T), range(S))
+        ]
+    )
+    np.testing.assert_array_equal(dense(mask).ravel(), want)
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("block_size", [(8, 8), (5, 16), (23, 1)])
+def test_bounds_never_miss_a_pair(name, block_size):
+    mask, _ = MASKS[name]
+    some, every = mask.bounds(Tiles.grid(T, S, block_size, batch=2, heads=2))
+    assert_bounds(dense(mask), some, every, block_size)
+
+
+@pytest.mark.parametrize("name", ["causal", "window", "prefix", "lengths", "from_fn"])
+def test_bounds_of_one_mask_are_exact(name):
+    mask, _ = MASKS[name]
+    some, every = mask.bounds(Tiles.grid(T, S, (8, 8), batch=2, heads=2))
+    assert_bounds(dense(mask), some, every, (8, 8), exact=True)
+
+
+@given(
+    left=st.integers(0, 12),
+    right=st.integers(0, 12),
+    stride=st.integers(1, 12),
+    query=st.integers(-9, 9),
+    size=st.sampled_from([(4, 4), (8, 3)]),
+)
+def test_bounds_of_any_combination(left, right, stride, query, size):
+    window = masks.Window(left, right)
+    mask = masks.Offset(window & ~masks.Strided(stride), query=query) | masks.Prefix(2)
+    some, every = mask.bounds(Tiles.grid(16, 16, size))
+    assert_bounds(np.asarray(mask.to_dense(16, 16)), some, every, size)
+
+
+def test_combinations_are_pytrees_that_trace():
+    mask = masks.Causal() & masks.Window(jnp.array(3), 0) | ~masks.Segments(IDS[0])
+    traced = jax.jit(lambda m: m.to_dense(T, T))(mask)
+    chex.assert_trees_all_equal(traced, mask.to_dense(T, T))
+    assert len(jax.tree.leaves(mask)) == 3
+
+
+def test_truth_value_is_refused():
+    with pytest.raises(TypeError, match="combine masks with & | ~"):
+        _ = masks.Causal() and masks.Full()
+    with pytest.raises(TypeError):
+        _ = masks.Causal() & True
+
+
+def test_bad_masks_are_refused():
+    with pytest.raises(ValueError, match="Window left: expected at least 0, got -1"):
+        masks.Window(-1, 0)
+    with pytest.raises(ValueError, match="Strided stride: expected at least 1, got 0"):
+        masks.Strided(0)
+
+
+def test_plot_draws_every_pair():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    ax = masks.plot(masks.Causal(), 12, 20, block_size=(4, 4))
+    image = ax.images[0].get_array()
+    chex.assert_shape(image, (12, 20))
+    seen = np.asarray(masks.Causal().to_dense(12, 20)[0, 0])
+    assert image[seen].min() > image[~seen].max()
+
+
+def assert_bounds(seen, some, every, block_size, exact=False):
+    """No tile with a visible pair is skipped, none with a hidden one is called full."""
+    query_len, key_len = seen.shape[-2:]
+    rows, columns = -(-query_len // block_size[0]), -(-key_len // block_size[1])
+    shape = (*seen.shape[:2], rows, columns)
+    some, every = np.broadcast_to(some, shape), np.broadcast_to(every, shape)
+    for i, j in itertools.product(range(rows), range(columns)):
+        tile = seen[
+            ...,
+            i * block_size[0] : (i + 1) * block_size[0],
+            j * block_size[1] : (j + 1) * block_size[1],
+        ]
+        has_any, has_all = tile.any((-2, -1)), tile.all((-2, -1))
+        assert (some[..., i, j] >= has_any).all(), (i, j)
+        assert (every[..., i, j] <= has_all).all(), (i, j)
+        if exact:
+            np.testing.assert_array_equal(some[..., i, j], has_any)
+            np.testing.assert_array_equal(every[..., i, j], has_all)
