@@ -147,11 +147,11 @@ def test_bad_lists_are_named():
         BlockMask.from_tiles(ones.astype(float), T, S, block_size=BLOCK)
     with pytest.raises(ValueError, match="block_size"):
         BlockMask.from_tiles(ones, T, S, block_size=(0, 32))
+    longer = BlockMask.from_tiles(ones, 80, S, block_size=BLOCK)
     with pytest.raises(ValueError, match="lists for 70 queries and 90 keys, got 80"):
-        lists = BlockMask.from_tiles(ones, 80, S, block_size=BLOCK)
-        attnx.block_sparse_attention(query, key, value, lists)
-    with pytest.raises(ValueError, match="block_mask.indices"):
-        lists = BlockMask.from_tiles(np.ones((3, *GRID), bool), T, S, block_size=BLOCK)
-        attnx.block_sparse_attention(query, key, value, lists)
+        attnx.block_sparse_attention(query, key, value, longer)
+    three = BlockMask.from_tiles(np.ones((3, *GRID), bool), T, S, block_size=BLOCK)
+    with pytest.raises(ValueError, match=r"block_mask\.indices: expected \[2 or 1, 4"):
+        attnx.block_sparse_attention(query, key, value, three)
     with pytest.raises(ValueError, match="block_mask: expected a BlockMask"):
         attnx.block_sparse_attention(query, key, value, masks.Causal())

@@ -1,5 +1,7 @@
 """Merging parts of the keys, decoding against a cache, and the cache itself."""
 
+import itertools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -27,7 +29,7 @@ def test_any_split_of_the_keys_merges_exactly(cuts):
     query, key, value = normal(0, (B, 5, N, H), (B, S, K, H), (B, S, K, V))
     edges = [0, *sorted(cuts), S]
     parts = []
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in itertools.pairwise(edges):
         part = masks.Lengths(None, jnp.full(B, high))
         part &= ~masks.Prefix(low)
         parts.append(attend(query, key, value, mask=part, implementation="reference"))

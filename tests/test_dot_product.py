@@ -1,5 +1,7 @@
 """dot_product_attention: the definition, jax.nn's contract, and every gradient."""
 
+import itertools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -162,7 +164,7 @@ def test_packed_documents_equal_each_alone():
     packed = attention("xla", mask=mask)(query, key, value)
     alone = [
         attention("xla", is_causal=True)(*(x[:, a:b] for x in (query, key, value)))
-        for a, b in zip(cuts[:-1], cuts[1:], strict=True)
+        for a, b in itertools.pairwise(cuts)
     ]
     alone = [jnp.concatenate(parts, 1) for parts in zip(*alone, strict=True)]
     chex.assert_trees_all_close(packed, tuple(alone), atol=2e-6)
