@@ -1,0 +1,159 @@
+"""Timing that first checks: a candidate that is wrong is not timed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.cases import Case
+
+# Relative root mean square, in float32, of an output or of all gradients.
+ERROR = 1e-5
+SECONDS = 3.0
+# What a quadratic candidate may take of the memory before it is left out.
+MEMORY_BYTES = 16e9
+
+
+class Row(NamedTuple):
+    """One candidate's median of one case, forward or with the backward."""
+
+    op: str
+    case: str
+    candidate: str
+    mode: str
+    milliseconds: float
+    fastest: float
+    runs: int
+    megabytes: float
+
+
+def run(case: Case, names: list[str]) -> Iterator[Row]:
+    """Times the named candidates in turns, so that a drift of the machine hits all."""
+    check(case.small(), names)
+    arrays = case.arrays()
+    for mode, wrap in (("forward", _forward), ("forward+backward", _backward)):
+        compiled, sizes = {}, {}
+        for name in names:
+            program = jax.jit(wrap(case.candidates[name])).lower(*arrays).compile()
+            plan = program.memory_analysis()
+            sizes[name] = plan.temp_size_in_bytes + plan.output_size_in_bytes
+            if sizes[name] <= MEMORY_BYTES:
+                compiled[name] = program
+        _agree(case, mode, {name: fn(*arrays) for name, fn in compiled.items()})
+        times = {name: [] for name in compiled}
+        while any(sum(spent) < SECONDS and len(spent) < 50 for spent in times.values()):
+            for name, spent in times.items():
+                if sum(spent) < SECONDS or len(spent) < 3:
+                    spent.append(_seconds(compiled[name], arrays))
+        for name, spent in times.items():
+            yield Row(
+                case.op,
+                case.name,
+                name,
+                mode,
+                1e3 * statistics.median(spent),
+                1e3 * min(spent),
+                len(spent),
+                sizes[name] / 1e6,
+            )
+
+
+def check(case: Case, names: list[str]) -> None:
+    """Raises unless candidates match the float64 reference, gradients included."""
+    arrays = case.arrays()
+    reference = case.candidates["reference"]
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.asarray(x, np.float64)) for x in arrays]
+        wanted = _with_gradients(reference)(*wide)
+    for name in names:
+        got = jax.jit(_with_gradients(case.candidates[name]))(*arrays)
+        for i, (x, y) in enumerate(zip(got, wanted, strict=True)):
+            _compare(f"{case.name}: {name}, array {i}", x, y)
+
+
+def provenance() -> dict[str, str]:
+    """Where and with what a result was measured."""
+    device = jax.devices()[0]
+    versions = {
+        name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "attnx")
+    }
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    kind = device.device_kind
+    if device.platform == "cpu":
+        kind = _processor()
+    return {
+        "platform": device.platform,
+        "device": kind,
+        "python": platform.python_version(),
+        **versions,
+        "commit": commit or "unknown",
+    }
+
+
+def _forward(fn: Callable) -> Callable:
+    return fn
+
+
+def _backward(fn: Callable) -> Callable:
+    def run(*arrays):
+        out, pull = jax.vjp(fn, *arrays)
+        return out, pull(out)
+
+    return run
+
+
+def _with_gradients(fn: Callable) -> Callable:
+    def run(*arrays):
+        out, pull = jax.vjp(fn, *arrays)
+        weights = jnp.cos(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape)
+        return out, *pull(weights)
+
+    return run
+
+
+def _seconds(program: Callable, arrays: list[jax.Array]) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(program(*arrays))
+    return time.perf_counter() - start
+
+
+def _agree(case: Case, mode: str, results: dict[str, object]) -> None:
+    """At the timed size the candidates agree among themselves."""
+    first, *others = results
+    for name in others:
+        for x, y in zip(
+            jax.tree.leaves(results[name]), jax.tree.leaves(results[first]), strict=True
+        ):
+            _compare(f"{case.name}, {mode}: {name} beside {first}", x, y)
+
+
+def _compare(what: str, got: jax.Array, wanted: jax.Array) -> None:
+    got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
+    error = np.linalg.norm(got - wanted) / np.linalg.norm(wanted)
+    if not error <= ERROR:
+        raise SystemExit(f"{what}: relative error {error:.1e} above {ERROR}: not timed")
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            models = [
+                line.split(":")[1].strip() for line in lines if "model name" in line
+            ]
+    except OSError:
+        return platform.processor() or "unknown processor"
+    return f"{models[0]}, {len(models)} cores" if models else "unknown processor"

@@ -1,0 +1,72 @@
+"""What else a JAX user has: the same functions without attnx."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+CHUNK = 128
+
+
+def dense_softmax(mask):
+    """`jax.nn.dot_product_attention` with the whole boolean mask `[T, S]`."""
+
+    def attention(query, key, value):
+        return jax.nn.dot_product_attention(query, key, value, mask=mask()[None, None])
+
+    return attention
+
+
+def causal_softmax(query, key, value):
+    """`jax.nn.dot_product_attention` with its own causal mask."""
+    return jax.nn.dot_product_attention(query, key, value, is_causal=True)
+
+
+def dense_neighborhood(mask):
+    """The same over the flattened tokens of an image `[B, *space, N, H]`."""
+
+    def attention(*arrays):
+        flat = (x.reshape(x.shape[0], -1, *x.shape[-2:]) for x in arrays)
+        return dense_softmax(mask)(*flat).reshape(arrays[0].shape)
+
+    return attention
+
+
+def associative_scan(query, key, value, log_decay):
+    """The recurrence of linear attention with one decay a head, every state kept."""
+
+    def combine(left, right):
+        return left[0] * right[0], left[1] * right[0][..., None, None] + right[1]
+
+    decay = jnp.broadcast_to(jnp.exp(log_decay), query.shape[:3])
+    outer = jnp.einsum("btnh,btnv->btnhv", key, value)
+    _, states = lax.associative_scan(combine, (decay, outer), axis=1)
+    scale = query.shape[-1] ** -0.5
+    return scale * jnp.einsum("btnh,btnhv->btnv", query, states)
+
+
+def chunked_einsum(query, key, value, log_decay):
+    """The textbook chunked form, differentiated by JAX."""
+    batch, length, heads, size = query.shape
+    chunks = (batch, length // CHUNK, CHUNK, heads, -1)
+    q, k, v = (x.reshape(chunks) for x in (query, key, value))
+    steps = jnp.arange(CHUNK)
+    ahead = steps[:, None] - steps
+    weight = jnp.where(ahead >= 0, ahead, 0)[..., None] * log_decay
+    weight = jnp.where((ahead >= 0)[..., None], jnp.exp(weight), 0)
+    to_end = jnp.exp((CHUNK - 1 - steps)[:, None] * log_decay)
+    from_start = jnp.exp((steps + 1)[:, None] * log_decay)
+    inside = jnp.einsum("bcinh,bcjnh,ijn->bcijn", q, k, weight)
+    out = jnp.einsum("bcijn,bcjnv->bcinv", inside, v)
+    added = jnp.einsum("bcjnh,bcjnv,jn->bcnhv", k, v, to_end)
+    decay = jnp.exp(CHUNK * log_decay)[:, None, None]
+
+    def step(state, added):
+        return decay * state + added, state
+
+    start = jnp.zeros(added.shape[:1] + added.shape[2:], added.dtype)
+    _, states = lax.scan(step, start, jnp.moveaxis(added, 1, 0))
+    states = jnp.moveaxis(states, 0, 1)
+    out += jnp.einsum("bcinh,bcnhv,in->bcinv", q, states, from_start)
+    return size**-0.5 * out.reshape(batch, length, heads, -1)
