@@ -117,7 +117,7 @@ def dispatch(
     reasons = {
         name: unsupported(name, *operands)
         if name in candidates
-        else f"{mechanism} has no {name} implementation in this version"
+        else "not implemented in this version"
         for name in IMPLEMENTATIONS
     }
     if implementation is not None:

@@ -7,10 +7,10 @@ import pathlib
 import re
 from collections.abc import Iterator
 
-import matplotlib
-
-matplotlib.use("Agg")
+import jax.numpy as jnp
 import matplotlib.pyplot as plt
+
+from attnx import masks
 
 FIGURES = pathlib.Path(__file__).parents[1] / "docs" / "figures"
 DOCUMENTS = jnp.repeat(jnp.arange(4), jnp.array([14, 22, 9, 19]))
@@ -40,6 +40,7 @@ LINES = {
 
 def draw(results: pathlib.Path) -> Iterator[pathlib.Path]:
     """Draws the masks, and time against length for every platform with results."""
+    plt.switch_backend("Agg")
     FIGURES.mkdir(parents=True, exist_ok=True)
     yield _masks()
     for path in sorted(results.glob("*.json")):

@@ -44,6 +44,7 @@ def _calls():
 
 def _cell(fn, shapes, implementation):
     """The dtypes that are served, or why none is."""
+    call = functools.partial(fn, implementation=implementation)
     served, reason = [], ""
     for dtype in ("float32", "bfloat16", "float16"):
         arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
