@@ -49,9 +49,7 @@ def _cell(fn, shapes, implementation):
     for dtype in ("float32", "bfloat16", "float16"):
         arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
         try:
-            jax.eval_shape(
-                functools.partial(fn, implementation=implementation), *arrays
-            )
+            jax.eval_shape(call, *arrays)
         except NotImplementedError as error:
             reason = str(error).split(": ", 1)[1]
         else:

@@ -142,7 +142,7 @@ def assert_bounds(seen, some, every, block_size, exact=False):
     query_len, key_len = seen.shape[-2:]
     rows, columns = -(-query_len // block_size[0]), -(-key_len // block_size[1])
     shape = (*seen.shape[:2], rows, columns)
-    some, every = np.broadcast_to(some, shape), np.broadcast_to(every, shape)
+    some, every = (np.broadcast_to(np.asarray(x), shape) for x in (some, every))
     for i, j in itertools.product(range(rows), range(columns)):
         tile = seen[
             ...,

@@ -138,7 +138,8 @@ def test_bounds_never_miss_a_pair(tile, block_size):
     tokens = index.size
     seen = np.asarray(mask.to_dense(tokens, tokens)[0, 0])
     block_size = block_size or (math.prod(tile or (1, 22)),) * 2
-    some, every = mask.bounds(Tiles.grid(tokens, tokens, block_size))
+    grid = Tiles.grid(tokens, tokens, block_size)
+    some, every = (np.asarray(x) for x in mask.bounds(grid))
     real = index.ravel() >= 0
     for i, j in itertools.product(range(some.shape[2]), range(some.shape[3])):
         rows = np.arange(i * block_size[0], min((i + 1) * block_size[0], tokens))

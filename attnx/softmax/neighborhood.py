@@ -119,14 +119,18 @@ class Neighborhood(Mask):
         queries = self._boxes(tiles.query_low, tiles.query_high)
         keys = self._boxes(tiles.key_low, tiles.key_high)
         for axis, query, key in zip(self.axes, queries, keys, strict=True):
-            low, high = (axis.range(query.group, at) for at in (query.low, query.high))
+            # A range of indices may span groups: the first is the longest, the last the
+            # shortest, and a window starts and ends later in a longer one.
+            short = jnp.where(query.alone, query.group, axis.dilation - 1)
+            long = jnp.where(query.alone, query.group, 0)
+            low, high = axis.range(short, query.low), axis.range(long, query.high)
             # Windows move with the query and overlap, so a range of queries sees the
             # range from the first start to the last end, and shares the one between.
             touched = (key.low < high[1]) & (low[0] <= key.high)
             shared = (high[0] <= key.low) & (key.high < low[1])
-            alone = query.alone & key.alone
-            some &= ~alone | ((query.group == key.group) & touched)
-            every &= alone & (query.group == key.group) & shared
+            alone, same = query.alone & key.alone, query.group == key.group
+            some &= touched & (~alone | same)
+            every &= shared & alone & same
         return some, every
 
     def _radices(self):
