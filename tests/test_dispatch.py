@@ -43,7 +43,7 @@ def test_a_name_that_cannot_serve_says_why():
         run(1, implementation="pallas", reasons=reasons)
     assert run(1, reasons=reasons) == 3
     some = {"reference": CANDIDATES["reference"]}
-    with pytest.raises(NotImplementedError, match="'xla'.*not implemented in this"):
+    with pytest.raises(NotImplementedError, match="not implemented in this version"):
         run(1, implementation="xla", candidates=some)
     assert run(1, candidates=some) == 2
 
