@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import plot as figures
+from benchmarks import report
 from benchmarks.cases import Case, cases
 from benchmarks.measure import provenance, run
 
@@ -59,8 +60,8 @@ def time(
 
 
 def draw() -> None:
-    """Draw the figures of docs/ from the results in benchmarks/results."""
-    for path in figures.draw(RESULTS):
+    """Write the figures and tables of docs/ from the results in benchmarks/results."""
+    for path in (*figures.draw(RESULTS), report.write(RESULTS)):
         print(path)
 
 
