@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pathlib
+import zlib
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from models.runs import RunError
@@ -42,38 +44,42 @@ class Checkpoints:
     def save(self, step: int, state: Any) -> pathlib.Path:
         """Saves a pytree of arrays as the checkpoint of `step`; says where."""
         if step not in self._manager.all_steps():
-            self._manager.save(step, args=ocp.args.StandardSave(state))
+            saved = {"state": state, "checksum": _checksum(state)}
+            self._manager.save(step, args=ocp.args.StandardSave(saved))
         return self.folder / str(step)
 
     def restore(self, like: Any) -> Any:
         """Reads the last checkpoint, bit for bit as it was saved.
 
         Args:
-          like: a pytree of arrays, or of their shapes and dtypes, as was saved.
+          like: a pytree of arrays of the shapes and dtypes that were saved.
 
         Raises:
-          DamagedCheckpoint: files are missing or unreadable, or hold something else.
+          DamagedCheckpoint: files are missing, unreadable or changed, or hold
+            something else.
         """
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_sharding(x)),
-            like,
-        )
         step = self.latest
+        wanted = {"state": like, "checksum": np.zeros((), np.uint32)}
         try:
-            return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+            saved = self._manager.restore(step, args=ocp.args.StandardRestore(wanted))
+            if _checksum(saved["state"]) != saved["checksum"]:
+                raise ValueError("the checksum is another")
         # Damage surfaces as whatever the layer that met it raises: JSON, zarr, a key.
         except Exception as error:
-            others = sorted(set(self._manager.all_steps()) - {step})
+            before = [other for other in self._manager.all_steps() if other != step]
             instead = (
-                f"step {others[-1]}, the checkpoint before" if others else "the start"
+                f"step {max(before)}, the checkpoint before" if before else "the start"
             )
             raise DamagedCheckpoint(
                 f"{self.folder / str(step)}: this checkpoint is damaged "
                 f"({type(error).__name__}). Delete that folder to go on from {instead}."
             ) from error
+        return saved["state"]
 
 
-def _sharding(x: Any) -> jax.sharding.Sharding:
-    return getattr(x, "sharding", None) or jax.sharding.SingleDeviceSharding(
-        jax.devices()[0]
-    )
+def _checksum(state: Any) -> np.ndarray:
+    """Of every byte: the format has none of its own for the arrays."""
+    checksum = 0
+    for array in jax.tree.leaves(state):
+        checksum = zlib.crc32(np.asarray(array).tobytes(), checksum)
+    return np.array(checksum, np.uint32)

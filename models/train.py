@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 import signal
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Generator
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import optax
@@ -18,6 +19,8 @@ from tqdm import tqdm
 
 from models.checkpoint import Checkpoints
 from models.runs import RunError
+
+Model = TypeVar("Model", bound=nnx.Module)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +49,7 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class Task(Generic[Model]):
     """What the trainer needs to know of what it trains.
 
     Attributes:
@@ -57,10 +60,10 @@ class Task:
       tokens: in a batch.
     """
 
-    model: Callable[[nnx.Rngs], nnx.Module]
+    model: Callable[[nnx.Rngs], Model]
     batch: Callable[[int], Any]
-    loss: Callable[[nnx.Module, Any], jax.Array]
-    validate: Callable[[nnx.Module], float]
+    loss: Callable[[Model, Any], jax.Array]
+    validate: Callable[[Model], float]
     tokens: int
 
 
@@ -71,11 +74,11 @@ class Interrupted(RunError):
 class TrainState(NamedTuple):
     """All that changes while training; with the step, all that a checkpoint holds."""
 
-    params: nnx.State
+    params: optax.Params
     optimizer: optax.OptState
 
 
-def train(task: Task, config: TrainConfig, folder: pathlib.Path) -> nnx.Module:
+def train(task: Task[Model], config: TrainConfig, folder: pathlib.Path) -> Model:
     """Trains a model, or goes on from the folder's last checkpoint.
 
     However often a run is stopped and resumed, its parameters come out the same, bit
@@ -100,6 +103,7 @@ def train(task: Task, config: TrainConfig, folder: pathlib.Path) -> nnx.Module:
     if checkpoints.latest is not None:
         state, start = checkpoints.restore(state), checkpoints.latest
 
+    @functools.partial(jax.jit, donate_argnums=0)
     def update(state: TrainState, batch: Any) -> tuple[TrainState, jax.Array]:
         def loss(params):
             return task.loss(nnx.merge(graph, params, constants), batch)
@@ -112,7 +116,6 @@ def train(task: Task, config: TrainConfig, folder: pathlib.Path) -> nnx.Module:
             optax.apply_updates(state.params, changes), optimizer_state
         ), value
 
-    update = jax.jit(update, donate_argnums=0)
     metrics = _Metrics(folder / "metrics.jsonl", start, config.steps, task.tokens)
     with _stop_requests() as stop_requested, metrics:
         for step in range(start, config.steps):
@@ -133,7 +136,7 @@ def train(task: Task, config: TrainConfig, folder: pathlib.Path) -> nnx.Module:
     return nnx.merge(graph, state.params, constants)
 
 
-def load(task: Task, config: TrainConfig, folder: pathlib.Path) -> nnx.Module:
+def load(task: Task[Model], config: TrainConfig, folder: pathlib.Path) -> Model:
     """Reads the model of a run from its last checkpoint.
 
     Raises:
@@ -217,7 +220,7 @@ class _Metrics:
 
 
 @contextlib.contextmanager
-def _stop_requests() -> Iterator[Callable[[], bool]]:
+def _stop_requests() -> Generator[Callable[[], bool]]:
     """Turns the first Ctrl-C or SIGTERM into a request; a second acts at once."""
     requested = False
 
