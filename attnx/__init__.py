@@ -3,7 +3,10 @@
 from attnx import masks as masks
 from attnx._dispatch import explain as explain
 from attnx.cache import KVCache as KVCache
+from attnx.linear import decay as decay
+from attnx.linear import feature_maps as feature_maps
 from attnx.linear import linear_attention as linear_attention
+from attnx.linear import linear_attention_step as linear_attention_step
 from attnx.softmax import BlockMask as BlockMask
 from attnx.softmax import block_sparse_attention as block_sparse_attention
 from attnx.softmax import decode_attention as decode_attention

@@ -84,22 +84,22 @@ def _chunk(state, query, key, value, log_decay=None, *, weights, scale, normaliz
     those shared by all chunks, or None and then they come from `log_decay`.
     """
     num_heads = query.shape[2]
-    # bfloat16 products are exact in float32, where they are summed; float16 would
-    # overflow as the state is read.
-    low = all(x.dtype == jnp.bfloat16 for x in (query, key, value))
-    dot = functools.partial(_dot, jnp.bfloat16 if low else state.dtype, state.dtype)
-    q, k, v = (_heads_first(x, num_heads) for x in (query, key, value))
+    # Chunks of bfloat16 are computed in float32: as exact as the inputs allow, and on
+    # CPU faster, where a small bfloat16 product costs more than a float32 one.
+    q, k, v = (
+        _heads_first(x.astype(state.dtype), num_heads) for x in (query, key, value)
+    )
     if normalize:
         v = append_ones(v)
 
     if log_decay is not None and log_decay.ndim == 4:
-        inside, weights = _channel_decay(q, k, v, _heads_first(log_decay), scale, dot)
-        out = inside + dot(weights.entering * q, state)
+        inside, weights = _channel_decay(q, k, v, _heads_first(log_decay), scale)
+        out = inside + (weights.entering * q) @ state
     else:
         if weights is None:
             weights = _head_weights(jnp.swapaxes(log_decay, 1, 2), scale)
-        out = dot(weights.within * dot(q, k.mT), v) + weights.entering * dot(q, state)
-    state = weights.across * state + dot((weights.leaving * k).mT, v)
+        out = (weights.within * (q @ k.mT)) @ v + weights.entering * (q @ state)
+    state = weights.across * state + (weights.leaving * k).mT @ v
     if normalize:
         out = divide_by_last(out)
     return state, jnp.swapaxes(out, 1, 2).astype(query.dtype)
@@ -113,18 +113,23 @@ def _head_weights(log_decay: jax.Array, scale: jax.Array) -> _Weights:
     """
     coarse = jax.lax.stop_gradient(jnp.round(log_decay * 64) / 64)
     sums = [jnp.cumsum(part, axis=-1) for part in (coarse, log_decay - coarse)]
-    total = [part[..., -1:] for part in sums]
     between = sum(part[..., :, None] - part[..., None, :] for part in sums)
-    past = jnp.tri(log_decay.shape[-1], dtype=bool)
-    # The mask is inside the exponential: beyond it lie overflows.
-    within = scale * jnp.exp(jnp.where(past, between, -jnp.inf))
-    entering = scale * jnp.exp(sum(sums))
-    leaving = jnp.exp(sum(t - part for t, part in zip(total, sums, strict=True)))
-    across = jnp.exp(sum(total))
-    return _Weights(within, entering[..., None], leaving[..., None], across[..., None])
+    token = jnp.arange(log_decay.shape[-1])
+    age = token[:, None] - token
+    # Masks are inside the exponential, beyond them lie overflows. The diagonal is a
+    # constant: a token meets itself undecayed, and its gradient would drown the others.
+    itself = jnp.where(age == 0, 0.0, -jnp.inf)
+    between = jnp.exp(jnp.where(age > 0, between, itself))
+    since_start = jnp.exp(sum(sums))[..., None]
+    return _Weights(
+        within=scale * between,
+        entering=scale * since_start,
+        leaving=between[..., -1, :, None],
+        across=since_start[..., -1:, :],
+    )
 
 
-def _channel_decay(q, k, v, log_decay, scale, dot) -> tuple[jax.Array, _Weights]:
+def _channel_decay(q, k, v, log_decay, scale) -> tuple[jax.Array, _Weights]:
     """What a chunk's tokens see of one another under one decay a channel.
 
     Blocks of 1, 2, 4, ... tokens are joined in pairs. Between the two blocks of a pair
@@ -143,11 +148,11 @@ def _channel_decay(q, k, v, log_decay, scale, dot) -> tuple[jax.Array, _Weights]
             pairs(until),
             pairs(after),
         )
-        weights = dot(
-            scale * jnp.exp(right_until) * right_q, (jnp.exp(left_after) * left_k).mT
-        )
+        weights = (scale * jnp.exp(right_until) * right_q) @ (
+            jnp.exp(left_after) * left_k
+        ).mT
         left_out, right_out = pairs(out)
-        out = _unpair(left_out, right_out + dot(weights, left_v))
+        out = _unpair(left_out, right_out + weights @ left_v)
         left_total, right_total = left_until[..., -1:, :], right_until[..., -1:, :]
         until = _unpair(left_until, left_total + right_until)
         after = _unpair(left_after + right_total, right_after)
@@ -175,12 +180,6 @@ def _log_decay(log_decay, segment_ids, query, dtype, reverse, ragged) -> jax.Arr
         starts = starts.reshape(batch, length, *[1] * (log_decay.ndim - 2))
         log_decay = jnp.where(starts, FORGET, log_decay)
     return log_decay
-
-
-def _dot(operands, sums, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(
-        a.astype(operands), b.astype(operands), preferred_element_type=sums
-    )
 
 
 def _heads_first(x: jax.Array, num_heads: int | None = None) -> jax.Array:
