@@ -1,4 +1,12 @@
+"""Layers for flax.nnx: one projection module, interchangeable mixers."""
 
+from attnx.nn.attention import Attention as Attention
 from attnx.nn.interop import attention_fn as attention_fn
+from attnx.nn.linear import Hedgehog as Hedgehog
+from attnx.nn.linear import LogDecay as LogDecay
+from attnx.nn.mixers import LinearMixer as LinearMixer
+from attnx.nn.mixers import Mixer as Mixer
+from attnx.nn.mixers import NeighborhoodMixer as NeighborhoodMixer
+from attnx.nn.mixers import SoftmaxMixer as SoftmaxMixer
 from attnx.nn.norms import SRMSNorm as SRMSNorm
 from attnx.nn.rotary import Rotary as Rotary

@@ -25,9 +25,10 @@ class Rotary:
     Example:
       >>> import jax.numpy as jnp
       >>> from attnx.nn import Rotary
-      >>> x = jnp.ones((1, 3, 1, 2))
-      >>> Rotary()(x, jnp.arange(3))[0, :, 0, 0].round(2).tolist()
-      [1.0, -0.30000001192092896, -1.3300000429153442]
+      >>> x = jnp.ones((1, 8, 1, 64))
+      >>> x = Rotary()(x, jnp.arange(8))[0, :, 0]
+      >>> bool(abs(x[0] @ x[3] - x[4] @ x[7]) < 1e-4)
+      True
     """
 
     base: float = 10_000.0
