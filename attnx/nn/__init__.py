@@ -3,8 +3,8 @@
 from attnx.nn.attention import Attention as Attention
 from attnx.nn.interop import attention_fn as attention_fn
 from attnx.nn.linear import Hedgehog as Hedgehog
+from attnx.nn.linear import LinearMixer as LinearMixer
 from attnx.nn.linear import LogDecay as LogDecay
-from attnx.nn.mixers import LinearMixer as LinearMixer
 from attnx.nn.mixers import Mixer as Mixer
 from attnx.nn.mixers import NeighborhoodMixer as NeighborhoodMixer
 from attnx.nn.mixers import SoftmaxMixer as SoftmaxMixer

@@ -43,7 +43,7 @@ class Attention(nnx.Module):
         such as `SRMSNorm()` or an `nnx.RMSNorm`.
       gate: makes the layer gated: applied to one more projection of the input,
         `[B, *space, N, V]`, that multiplies the heads after `norm`. `jax.nn.sigmoid`,
-        `jax.nn.silu`, or `lambda x: x` as in TransNormerLLM.
+        `jax.nn.silu`, or `nnx.identity` as in TransNormerLLM.
       use_bias: whether projections have biases.
       dtype: of the computation; by default that of input and parameters.
       param_dtype: of the parameters.
@@ -114,7 +114,7 @@ class Attention(nnx.Module):
         self.param_dtype = param_dtype
         self.activation = activation
         self.position = position
-        self.gate_activation = gate
+        self.gate_activation = gate or nnx.identity
 
         linear = functools.partial(
             nnx.LinearGeneral,
@@ -199,7 +199,8 @@ class Attention(nnx.Module):
           ValueError: no `max_length` for a mixer that needs one.
           NotImplementedError: the mixer cannot generate by steps.
         """
-        dtype = dtype or self.dtype or self.param_dtype
+        if dtype is None:
+            dtype = self.param_dtype if self.dtype is None else self.dtype
         token = jax.ShapeDtypeStruct((batch_size, 1, self.in_features), dtype)
         position = jax.ShapeDtypeStruct((batch_size, 1), jnp.int32)
         projected = jax.eval_shape(self._project, token, [position])

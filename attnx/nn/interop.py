@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from attnx._checks import expect
 
 
-def attention_fn(fn: Callable[..., jax.Array], *, rank: int = 1) -> Callable:
+def attention_fn(fn: Callable[..., Any], *, rank: int = 1) -> Callable[..., jax.Array]:
     """Makes an attnx function serve as `attention_fn` of a flax attention layer.
 
     For `nnx.MultiHeadAttention` and `linen.MultiHeadDotProductAttention`, which pass

@@ -1,10 +1,10 @@
-"""What a linear mixer may learn: its decay, its feature map."""
+"""The linear mixer, and what it may learn: its decay, its feature map."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,121 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from attnx._checks import expect
-from attnx.linear import feature_maps
+from attnx.linear import feature_maps, linear_attention, linear_attention_step
+from attnx.nn.mixers import Mixer
+
+
+class LinearCache(NamedTuple):
+    """What a linear mixer remembers: the same size after any number of tokens."""
+
+    state: jax.Array
+    lengths: jax.Array
+
+
+class LinearMixer(Mixer):
+    """Linear attention with any decay and feature map.
+
+    The cache is the state: a step costs constant time and memory.
+
+    Args:
+      log_decay: None; an array `[N]`, fixed; an `nnx.Param` `[N]`, learned; or a
+        function of the layer's input `[B, T, D]` giving `[B, T, N]` or `[B, T, N, H]`,
+        such as `LogDecay`.
+      feature_map: applied to queries and keys, such as one of
+        `attnx.feature_maps`.
+      key_feature_map: applied to the keys in its place, where a map learns.
+      scale: multiplies the queries; `H ** -0.5` by default, of the mapped size H.
+      normalize: divide by the sum of the weights.
+      implementation: as in `attnx.linear_attention`.
+
+    Example:
+      >>> from attnx.linear.feature_maps import elu_plus_one
+      >>> from attnx.nn import LinearMixer
+      >>> kernel_attention = LinearMixer(feature_map=elu_plus_one, normalize=True)
+    """
+
+    def __init__(
+        self,
+        log_decay: jax.Array | nnx.Variable | Callable | None = None,
+        *,
+        feature_map: Callable[[jax.Array], jax.Array] = feature_maps.identity,
+        key_feature_map: Callable[[jax.Array], jax.Array] | None = None,
+        scale: float | None = None,
+        normalize: bool = False,
+        implementation: str | None = None,
+    ):
+        self.log_decay = log_decay
+        self.feature_map = feature_map
+        self.key_feature_map = key_feature_map
+        self.scale = scale
+        self.normalize = normalize
+        self.implementation = implementation
+
+    def __call__(self, query, key, value, *, inputs=None, segment_ids=None):
+        query, key = self._features(query, key)
+        return linear_attention(
+            query,
+            key,
+            value,
+            log_decay=self._decay(inputs),
+            scale=self.scale,
+            segment_ids=segment_ids,
+            normalize=self.normalize,
+            implementation=self.implementation,
+        )
+
+    def init_cache(self, query, key, value, max_length=None):
+        query, key = jax.eval_shape(self._features, query, key)
+        batch, _, num_heads, head_dim = query.shape
+        columns = value.shape[-1] + self.normalize
+        dtype = jnp.promote_types(jnp.result_type(query, key, value), jnp.float32)
+        return LinearCache(
+            jnp.zeros((batch, num_heads, head_dim, columns), dtype),
+            jnp.zeros(batch, jnp.int32),
+        )
+
+    def step(self, query, key, value, cache, *, inputs=None):
+        query, key = self._features(query, key)
+        log_decay = self._decay(inputs)
+        length = query.shape[1]
+        if length == 1:
+            if log_decay is not None and log_decay.ndim > 1:
+                log_decay = log_decay[:, 0]
+            out, state = linear_attention_step(
+                cache.state,
+                *(x[:, 0] for x in (query, key, value)),
+                log_decay=log_decay,
+                scale=self.scale,
+                normalize=self.normalize,
+            )
+            out = out[:, None]
+        else:
+            out, state = linear_attention(
+                query,
+                key,
+                value,
+                log_decay=log_decay,
+                scale=self.scale,
+                initial_state=cache.state,
+                normalize=self.normalize,
+                implementation=self.implementation,
+                return_state=True,
+            )
+        return out, LinearCache(state, cache.lengths + length)
+
+    def _features(self, query, key):
+        key_map = self.key_feature_map or self.feature_map
+        return self.feature_map(query), key_map(key)
+
+    def _decay(self, inputs):
+        if self.log_decay is None:
+            return None
+        if isinstance(self.log_decay, nnx.Variable):
+            return self.log_decay[...]
+        if callable(self.log_decay):
+            return self.log_decay(inputs)
+        # An array is a setting: whoever wants it learned passes an nnx.Param.
+        return jax.lax.stop_gradient(jnp.asarray(self.log_decay))
 
 
 class LogDecay(nnx.Module):
@@ -56,15 +170,22 @@ class LogDecay(nnx.Module):
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
         rngs: nnx.Rngs,
     ):
-        dtypes = {"dtype": dtype, "param_dtype": param_dtype}
-        self.down = nnx.Linear(in_features, rank, use_bias=False, rngs=rngs, **dtypes)
+        self.down = nnx.Linear(
+            in_features,
+            rank,
+            use_bias=False,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
         self.up = nnx.LinearGeneral(
             rank,
             features,
+            dtype=dtype,
+            param_dtype=param_dtype,
             kernel_metadata=kernel_metadata,
             bias_metadata=bias_metadata,
             rngs=rngs,
-            **dtypes,
         )
         self.temperature = temperature
 
@@ -121,6 +242,6 @@ class Hedgehog(nnx.Module):
         kernel = self.kernel[...]
         heads = kernel.shape[:2]
         expect(x.shape[-2:] == heads, "x", f"last axes {heads}", x.shape)
-        dtype = self.dtype or jnp.result_type(x, kernel)
+        dtype = jnp.result_type(x, kernel) if self.dtype is None else self.dtype
         x = jnp.einsum("...nh,nhf->...nf", x.astype(dtype), kernel.astype(dtype))
         return feature_maps.hedgehog(x)

@@ -1,18 +1,16 @@
-"""Mixers: what `Attention` does between its projections."""
+"""Mixers: what `Attention` does between its projections. Those with a softmax."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from attnx import masks
 from attnx._checks import expect
 from attnx.cache import KVCache
-from attnx.linear import feature_maps, linear_attention, linear_attention_step
 from attnx.softmax import (
     decode_attention,
     dot_product_attention,
@@ -67,9 +65,9 @@ class Mixer(nnx.Module):
 class SoftmaxMixer(Mixer):
     """Softmax attention under any mask.
 
-    A step costs time and memory proportional to the cache's capacity. Its new tokens
-    see, of all tokens so far, what the mask shows them at their positions: the same as
-    in the whole sequence, unless the mask shows tokens that are still to come.
+    The cache keeps all keys and values. The new tokens of a step see, of all tokens so
+    far, what the mask shows them at their positions: the same as in the whole sequence,
+    unless the mask shows tokens that are still to come.
 
     Args:
       mask: over positions in the sequence (in a packed one, positions in the row).
@@ -79,7 +77,8 @@ class SoftmaxMixer(Mixer):
     Example:
       >>> from attnx import masks
       >>> from attnx.nn import SoftmaxMixer
-      >>> streaming = SoftmaxMixer(masks.Window(256, 0) | masks.Prefix(4))
+      >>> sink = masks.Causal() & masks.Prefix(4)
+      >>> streaming = SoftmaxMixer(masks.Window(256, 0) | sink)
     """
 
     def __init__(
@@ -189,7 +188,7 @@ class NeighborhoodMixer(Mixer):
 
     def init_cache(self, query, key, value, max_length=None):
         cache = _kv_cache(key, value, max_length)
-        self._mask(max_length)
+        self._mask(cache.key.shape[1])
         return cache
 
     def step(self, query, key, value, cache, *, inputs=None):
@@ -213,118 +212,6 @@ class NeighborhoodMixer(Mixer):
         return masks.Neighborhood(
             (length,), self.kernel_size, self.stride, self.dilation, self.is_causal
         )
-
-
-class LinearCache(NamedTuple):
-    """What a linear mixer remembers: the same size after any number of tokens."""
-
-    state: jax.Array
-    lengths: jax.Array
-
-
-class LinearMixer(Mixer):
-    """Linear attention with any decay and feature map.
-
-    A step costs constant time and memory.
-
-    Args:
-      log_decay: None; an array `[N]`, fixed; an `nnx.Param` `[N]`, learned; or a
-        function of the layer's input `[B, T, D]` giving `[B, T, N]` or `[B, T, N, H]`,
-        such as `LogDecay`.
-      feature_map: applied to queries and keys, such as one of
-        `attnx.feature_maps`.
-      key_feature_map: applied to the keys in its place, where a map learns.
-      scale: multiplies the queries; `H ** -0.5` by default, of the mapped size H.
-      normalize: divide by the sum of the weights.
-      implementation: as in `attnx.linear_attention`.
-
-    Example:
-      >>> from attnx.linear.feature_maps import elu_plus_one
-      >>> from attnx.nn import LinearMixer
-      >>> kernel_attention = LinearMixer(feature_map=elu_plus_one, normalize=True)
-    """
-
-    def __init__(
-        self,
-        log_decay: jax.Array | nnx.Variable | Callable | None = None,
-        *,
-        feature_map: Callable[[jax.Array], jax.Array] = feature_maps.identity,
-        key_feature_map: Callable[[jax.Array], jax.Array] | None = None,
-        scale: float | None = None,
-        normalize: bool = False,
-        implementation: str | None = None,
-    ):
-        self.log_decay = log_decay
-        self.feature_map = feature_map
-        self.key_feature_map = key_feature_map
-        self.scale = scale
-        self.normalize = normalize
-        self.implementation = implementation
-
-    def __call__(self, query, key, value, *, inputs=None, segment_ids=None):
-        query, key = self._features(query, key)
-        return linear_attention(
-            query,
-            key,
-            value,
-            log_decay=self._decay(inputs),
-            scale=self.scale,
-            segment_ids=segment_ids,
-            normalize=self.normalize,
-            implementation=self.implementation,
-        )
-
-    def init_cache(self, query, key, value, max_length=None):
-        query, key = jax.eval_shape(self._features, query, key)
-        batch, _, num_heads, head_dim = query.shape
-        columns = value.shape[-1] + self.normalize
-        dtype = jnp.promote_types(jnp.result_type(query, key, value), jnp.float32)
-        return LinearCache(
-            jnp.zeros((batch, num_heads, head_dim, columns), dtype),
-            jnp.zeros(batch, jnp.int32),
-        )
-
-    def step(self, query, key, value, cache, *, inputs=None):
-        query, key = self._features(query, key)
-        log_decay = self._decay(inputs)
-        settings = {"scale": self.scale, "normalize": self.normalize}
-        length = query.shape[1]
-        if length == 1:
-            if log_decay is not None and log_decay.ndim > 1:
-                log_decay = log_decay[:, 0]
-            out, state = linear_attention_step(
-                cache.state,
-                *(x[:, 0] for x in (query, key, value)),
-                log_decay=log_decay,
-                **settings,
-            )
-            out = out[:, None]
-        else:
-            out, state = linear_attention(
-                query,
-                key,
-                value,
-                log_decay=log_decay,
-                initial_state=cache.state,
-                return_state=True,
-                implementation=self.implementation,
-                **settings,
-            )
-        return out, LinearCache(state, cache.lengths + length)
-
-    def _features(self, query, key):
-        key_map = self.key_feature_map or self.feature_map
-        return self.feature_map(query), key_map(key)
-
-    def _decay(self, inputs):
-        if self.log_decay is None:
-            return None
-        if isinstance(self.log_decay, nnx.Variable):
-            return self.log_decay[...]
-        if callable(self.log_decay):
-            return self.log_decay(inputs)
-        # An array is a setting: whoever wants it learned passes an nnx.Param.
-        return jax.lax.stop_gradient(jnp.asarray(self.log_decay))
 
 
 def _kv_cache(key, value, max_length):
