@@ -39,7 +39,7 @@ class TrainConfig:
     """
 
     steps: int = 1000
-    learning_rate: float = 3e-3
+    learning_rate: float = 2.5e-3
     warmup_steps: int = 50
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0
