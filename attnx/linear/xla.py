@@ -1,12 +1,13 @@
 """Linear attention by chunks: matrix products inside a chunk, a state between chunks.
 
 One function, `_chunk`, holds the mathematics of a chunk (arXiv:2312.06635 section 4;
-arXiv:2401.04658 eqs. 6-9) and `jax.lax.scan` runs it over the sequence. Differentiated
-under `jax.checkpoint`, the scan stores the inputs and the state at each chunk's edge,
-nothing of size T x T or T x chunk, and the backward scan does each chunk again.
+arXiv:2401.04658 eqs. 6-9) and `jax.lax.scan` runs it over the sequence. The backward
+pass keeps the inputs and the state at each chunk's edge, nothing of size T x T or
+T x chunk, and scans back over the chunks, differentiating `_chunk` at each.
 
 No weight is ever made as e^G * e^-G, which overflows for strong decay: each is the
-exponential of a sum of log decays between two tokens.
+exponential of a sum of log decays between two tokens. Products of float32 matrices
+follow `jax.default_matmul_precision`: full on CPU, lower by default elsewhere.
 """
 
 from __future__ import annotations
@@ -53,56 +54,92 @@ def linear_attention(
     """See `attnx.linear_attention`; returns the output and the final state."""
     batch, length, num_heads, head_size = query.shape
     dtype = scale.dtype
+    chunk_size = min(CHUNK, 1 << (length - 1).bit_length())
+    # The first chunk is filled up in front, and that must not decay a state.
+    filled = length % chunk_size > 0 and initial_state is not None
+    log_decay = _log_decay(log_decay, segment_ids, query, dtype, reverse, filled)
+    if log_decay.ndim == 1:
+        weights = _head_weights(jnp.tile(log_decay[:, None], chunk_size), scale)
+        log_decay = None
+    else:
+        weights = None
     if initial_state is None:
         shape = (batch, num_heads, head_size, value.shape[-1] + normalize)
         initial_state = jnp.zeros_like(query, dtype, shape=shape)
-    chunk_size = min(CHUNK, 1 << (length - 1).bit_length())
-    ragged = length % chunk_size > 0
-    log_decay = _log_decay(log_decay, segment_ids, query, dtype, reverse, ragged)
-
-    weights = None
-    tokens = [query, key, value]
-    if log_decay.ndim == 1:
-        weights = _head_weights(jnp.tile(log_decay[:, None], chunk_size), scale)
-    else:
-        tokens.append(log_decay)
-    chunks = [_split(x, chunk_size, reverse) for x in tokens]
-
-    # Inside a scan there is nothing for the barriers that prevent_cse adds to protect.
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def step(state, chunk):
-        return _chunk(state, *chunk, weights=weights, scale=scale, normalize=normalize)
-
-    state, out = jax.lax.scan(step, initial_state, tuple(chunks))
-    return _join(out, length, reverse), state
+    tokens = query, key, value, log_decay
+    return _scan(chunk_size, reverse, normalize, tokens, initial_state, weights, scale)
 
 
-def _chunk(state, query, key, value, log_decay=None, *, weights, scale, normalize):
-    """The state after a chunk and its outputs, from the state before it.
-
-    `query` is `[B, C, N, H]`, `key` and `value` have their K heads; `weights` are
-    those shared by all chunks, or None and then they come from `log_decay`.
-    """
-    num_heads = query.shape[2]
-    # Chunks of bfloat16 are computed in float32: as exact as the inputs allow, and on
-    # CPU faster, where a small bfloat16 product costs more than a float32 one.
-    q, k, v = (
-        _heads_first(x.astype(state.dtype), num_heads) for x in (query, key, value)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _scan(chunk_size, reverse, normalize, tokens, state, weights, scale):
+    """The outputs for all tokens and the last state, from the first."""
+    (out, state), _ = _scan_fwd(
+        chunk_size, reverse, normalize, tokens, state, weights, scale
     )
+    return out, state
+
+
+def _scan_fwd(chunk_size, reverse, normalize, tokens, state, weights, scale):
+    split = functools.partial(_split, chunk_size, reverse, state.dtype)
+
+    def step(state, chunk):
+        after, out = _chunk(normalize, state, chunk, weights, scale)
+        return after, (out, state)
+
+    last, (out, states) = jax.lax.scan(step, state, jax.tree.map(split, tokens))
+    out = _join(out, tokens[0], reverse)
+    return (out, last), (tokens, states, weights, scale)
+
+
+def _scan_bwd(chunk_size, reverse, normalize, residuals, cotangents):
+    tokens, states, weights, scale = residuals
+    d_out, d_state = cotangents
+    split = functools.partial(_split, chunk_size, reverse, states.dtype)
+
+    def step(carry, inputs):
+        d_state, d_shared = carry
+        chunk, state, d_out = inputs
+        _, vjp = jax.vjp(
+            functools.partial(_chunk, normalize), state, chunk, weights, scale
+        )
+        d_state, d_chunk, *more = vjp((d_state, d_out))
+        return (d_state, jax.tree.map(jnp.add, d_shared, more)), d_chunk
+
+    carry = d_state, jax.tree.map(jnp.zeros_like, [weights, scale])
+    inputs = jax.tree.map(split, tokens), states, split(d_out)
+    carry, d_chunks = jax.lax.scan(step, carry, inputs, reverse=True)
+    d_state, d_shared = carry
+    join = functools.partial(_join, reverse=reverse)
+    return jax.tree.map(join, d_chunks, tokens), d_state, *d_shared
+
+
+_scan.defvjp(_scan_fwd, _scan_bwd)
+
+
+def _chunk(normalize, state, tokens, weights, scale):
+    """The state after a chunk and the chunk's outputs, from the state before it.
+
+    `tokens` are the query `[B, C, N, H]`, key and value with their K heads, and the log
+    decay if it varies by token; else `weights`, made of it, serve every chunk.
+    """
+    query, key, value, log_decay = tokens
+    num_heads = query.shape[2]
+    q, k, v = (_heads_first(x, num_heads) for x in (query, key, value))
     if normalize:
         v = append_ones(v)
 
-    if log_decay is not None and log_decay.ndim == 4:
-        inside, weights = _channel_decay(q, k, v, _heads_first(log_decay), scale)
-        out = inside + (weights.entering * q) @ state
-    else:
+    if log_decay is None or log_decay.ndim == 3:
         if weights is None:
             weights = _head_weights(jnp.swapaxes(log_decay, 1, 2), scale)
         out = (weights.within * (q @ k.mT)) @ v + weights.entering * (q @ state)
+    else:
+        log_decay = _heads_first(log_decay, num_heads)
+        inside, weights = _channel_decay(q, k, v, log_decay, scale)
+        out = inside + (weights.entering * q) @ state
     state = weights.across * state + (weights.leaving * k).mT @ v
     if normalize:
         out = divide_by_last(out)
-    return state, jnp.swapaxes(out, 1, 2).astype(query.dtype)
+    return state, jnp.swapaxes(out, 1, 2)
 
 
 def _head_weights(log_decay: jax.Array, scale: jax.Array) -> _Weights:
@@ -161,18 +198,17 @@ def _channel_decay(q, k, v, log_decay, scale) -> tuple[jax.Array, _Weights]:
     return out, _Weights(None, scale * jnp.exp(until), jnp.exp(after), across)
 
 
-def _log_decay(log_decay, segment_ids, query, dtype, reverse, ragged) -> jax.Array:
+def _log_decay(log_decay, segment_ids, query, dtype, reverse, filled) -> jax.Array:
     """`[N]` if every token decays alike, or `[B, T, N]`, or `[B, T, N, H]`.
 
-    The first token of a new document forgets the old one. And a ragged end must not
-    decay the state, so there tokens do not all decay alike.
+    The first token of a new document forgets the old one.
     """
     batch, length, num_heads, _ = query.shape
     if log_decay is None:
         log_decay = jnp.zeros_like(query, dtype, shape=(num_heads,))
-        ragged = False
+        filled = False
     log_decay = jnp.maximum(log_decay.astype(dtype), FORGET)
-    if log_decay.ndim == 1 and (ragged or segment_ids is not None):
+    if log_decay.ndim == 1 and (filled or segment_ids is not None):
         log_decay = jnp.broadcast_to(log_decay, (batch, length, num_heads))
     if segment_ids is not None:
         starts = segment_ids[:, 1:] != segment_ids[:, :-1]
@@ -182,10 +218,10 @@ def _log_decay(log_decay, segment_ids, query, dtype, reverse, ragged) -> jax.Arr
     return log_decay
 
 
-def _heads_first(x: jax.Array, num_heads: int | None = None) -> jax.Array:
+def _heads_first(x: jax.Array, num_heads: int) -> jax.Array:
     """`[B, C, K, H]` to `[B, N, C, H]`, each head repeated for its group of queries."""
     x = jnp.swapaxes(x, 1, 2)
-    return x if num_heads is None else jnp.repeat(x, num_heads // x.shape[1], axis=1)
+    return jnp.repeat(x, num_heads // x.shape[1], axis=1)
 
 
 def _pairs(x: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
@@ -199,20 +235,24 @@ def _unpair(left: jax.Array, right: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:-4], -1, x.shape[-1])
 
 
-def _split(x: jax.Array, chunk_size: int, reverse: bool) -> jax.Array:
+def _split(chunk_size: int, reverse: bool, dtype, x: jax.Array) -> jax.Array:
     """`[B, T, ...]` to `[T / C, B, C, ...]` in the order of processing.
 
-    A ragged end is filled with zeros: keys that add nothing and no decay.
+    The first chunk is filled up in front with zeros: keys that add nothing, no decay.
+    All that a scan slices is float32, or wider: where XLA for CPU updates a slice of a
+    bfloat16 array, it converts the whole array, once a chunk.
     """
+    x = x.astype(dtype)
     if reverse:
         x = jnp.flip(x, axis=1)
-    if tail := -x.shape[1] % chunk_size:
-        x = jnp.pad(x, [(0, 0), (0, tail)] + [(0, 0)] * (x.ndim - 2))
+    fill = -x.shape[1] % chunk_size
+    x = jnp.pad(x, [(0, 0), (fill, 0)] + [(0, 0)] * (x.ndim - 2))
     x = x.reshape(x.shape[0], -1, chunk_size, *x.shape[2:])
     return jnp.moveaxis(x, 1, 0)
 
 
-def _join(x: jax.Array, length: int, reverse: bool) -> jax.Array:
+def _join(x: jax.Array, like: jax.Array, reverse: bool) -> jax.Array:
+    """`_split` undone: as many tokens as `like` has, and of its dtype."""
     x = jnp.moveaxis(x, 0, 1)
-    x = x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
-    return jnp.flip(x, axis=1) if reverse else x
+    x = x.reshape(x.shape[0], -1, *x.shape[3:])[:, -like.shape[1] :]
+    return (jnp.flip(x, axis=1) if reverse else x).astype(like.dtype)
