@@ -39,7 +39,7 @@ def show(experiment: text.TextExperiment) -> None:
 
 def _losses(loss: float) -> Table:
     """The model's loss among the anchors, best first."""
-    table = Table(title="The last tenth of the text, held out")
+    table = Table(title="The last tenth of the text, held out", min_width=44)
     table.add_column("")
     table.add_column("nats per byte", justify="right")
     for name, value in sorted(

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Mapping
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from models.train import read_metrics
@@ -34,24 +35,34 @@ def plot(
     axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
     axes.plot(steps, _smooth(losses), color="tab:blue", label="training")
     axes.plot(*zip(*validation, strict=True), "o-", color="tab:red", label="validation")
-    for name, height in marks.items():
-        axes.axhline(height, color="0.6", linestyle="--", linewidth=0.8, zorder=0)
-        axes.annotate(
-            f"{name} {height:.3f}",
-            (1, height),
-            xycoords=("axes fraction", "data"),
-            ha="right",
-            va="bottom",
-            fontsize=8,
-            color="0.4",
-        )
     lowest = min([*marks.values(), *losses])
     axes.set(xlabel="step", ylabel=unit, ylim=(lowest - 0.15, min(losses.max(), 4)))
-    axes.legend(loc="upper right", bbox_to_anchor=(1, 0.98), frameon=False)
+    _mark(axes, marks)
+    axes.legend(loc="upper right", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     path = folder / "loss.png"
     figure.savefig(path, dpi=150)
     return path
+
+
+def _mark(axes: Axes, marks: Mapping[str, float]) -> None:
+    """Draws each mark as a line, named to its right; no name over another."""
+    low, high = axes.get_ylim()
+    free = low
+    for name, height in sorted(marks.items(), key=lambda mark: mark[1]):
+        axes.axhline(height, color="0.6", linestyle="--", linewidth=0.8, zorder=0)
+        free = max(free + (high - low) / 22, height)
+        axes.annotate(
+            f"{name} {height:.3f}",
+            (1, height),
+            (1.02, free),
+            xycoords=("axes fraction", "data"),
+            textcoords=("axes fraction", "data"),
+            arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.5},
+            va="center",
+            fontsize=8,
+            color="0.3",
+        )
 
 
 def _smooth(values: np.ndarray, window: int = 25) -> np.ndarray:

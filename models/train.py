@@ -38,7 +38,7 @@ class TrainConfig:
       seed: of the parameters and the order of the data.
     """
 
-    steps: int = 1000
+    steps: int = 800
     learning_rate: float = 2.5e-3
     warmup_steps: int = 50
     weight_decay: float = 0.1
