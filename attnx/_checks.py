@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 
 def expect(condition: bool, argument: str, expected: object, got: object) -> None:
@@ -29,4 +30,4 @@ def expect_shape(argument: str, array: jax.Array, *shapes: tuple[int, ...]) -> N
 
 def is_traced(tree: object) -> bool:
     """Whether any leaf is known only when the program runs."""
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 
 import jax
 
@@ -143,7 +143,7 @@ def dispatch(
 
 
 @contextlib.contextmanager
-def _recording() -> Iterator[list[Decision]]:
+def _recording() -> Generator[list[Decision]]:
     decisions: list[Decision] = []
     token = _record.set(decisions)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +85,7 @@ def linear_attention(
       >>> out[0, :, 0, 0].tolist(), state.shape
       ([1.0, 1.5, 1.75, 1.875], (1, 1, 1, 1))
     """
-    arrays = [query, key, value, log_decay, initial_state, segment_ids]
+    arrays: list[Any] = [query, key, value, log_decay, initial_state, segment_ids]
     arrays = [x if x is None else jnp.asarray(x) for x in arrays]
     query, key, value, log_decay, *_ = arrays
     expect(query.ndim in (3, 4), "query", "rank 3 or 4", f"shape {query.shape}")

@@ -37,10 +37,11 @@ def linear_attention(
         decay = decay[..., None]
     decay = jnp.broadcast_to(decay, (batch, length, num_heads, head_size))
     if segment_ids is None:
-        segment_ids = jnp.zeros_like(query, jnp.int32, shape=(batch, length))
+        segment_ids = jnp.zeros_like(query[:, :, 0, 0], jnp.int32)
     if initial_state is None:
         shape = (batch, num_heads, head_size, v.shape[-1])
-        initial_state = jnp.zeros_like(query, dtype, shape=shape)
+        empty = jnp.zeros_like(query[:, 0, ..., None], dtype)
+        initial_state = jnp.broadcast_to(empty, shape)
 
     def step(carry, token):
         state, last_segment = carry

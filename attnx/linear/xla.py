@@ -13,7 +13,7 @@ follow `jax.default_matmul_precision`: full on CPU, lower by default elsewhere.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ class _Weights(NamedTuple):
     With C tokens a chunk and D either 1 (one decay for all channels) or H.
     """
 
-    within: jax.Array | None  # [..., C, C]: scale e^(G_i - G_j), 0 above the diagonal
+    within: Any  # [..., C, C]: scale e^(G_i - G_j), 0 above the diagonal
     entering: jax.Array  # [..., C, D]: scale e^(G_i), from the state that enters
     leaving: jax.Array  # [..., C, D]: e^(G_C - G_j), to the state that leaves
     across: jax.Array  # [..., D, 1]: e^(G_C), from state to state
@@ -65,7 +65,9 @@ def linear_attention(
         weights = None
     if initial_state is None:
         shape = (batch, num_heads, head_size, value.shape[-1] + normalize)
-        initial_state = jnp.zeros_like(query, dtype, shape=shape)
+        # Made from the query, so as to be laid out over devices as it is.
+        empty = jnp.zeros_like(query[:, 0, ..., None], dtype)
+        initial_state = jnp.broadcast_to(empty, shape)
     tokens = query, key, value, log_decay
     return _scan(chunk_size, reverse, normalize, tokens, initial_state, weights, scale)
 

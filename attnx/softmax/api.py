@@ -84,7 +84,7 @@ def dot_product_attention(
     query, key, value, batched = check_arrays(query, key, value)
     sizes = (*query.shape[:3], key.shape[1])
     mask = _mask(mask, sizes)
-    extra = []
+    extra: list[Mask] = []
     if is_causal:
         extra.append(Causal())
     if local_window_size is not None:
@@ -95,12 +95,12 @@ def dot_product_attention(
             _lengths("key_value_seq_lengths", key_value_seq_lengths, sizes[0]),
         )
         extra.append(Lengths(*lengths))
-    if isinstance(mask, BlockMask) and extra:
+    if extra:
         further = functools.reduce(Mask.__and__, extra)
-        mask = mask.refine(further, batch=sizes[0], heads=sizes[2])
-    elif extra:
-        given = [] if isinstance(mask, Full) else [mask]
-        mask = functools.reduce(Mask.__and__, [*given, *extra])
+        if isinstance(mask, BlockMask):
+            mask = mask.refine(further, batch=sizes[0], heads=sizes[2])
+        else:
+            mask = further if isinstance(mask, Full) else mask & further
     out, lse = attend(
         "dot_product_attention",
         query,

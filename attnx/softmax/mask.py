@@ -14,16 +14,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+Class = TypeVar("Class", bound=type)
 
-def mask_class(*, meta: tuple[str, ...] = ()) -> Callable[[type], type]:
+
+@dataclass_transform(frozen_default=True, eq_default=False)
+def mask_class(*, meta: tuple[str, ...] = ()) -> Callable[[Class], Class]:
     """Makes a class a frozen dataclass and a pytree, `meta` fields being static."""
 
-    def decorate(cls: type) -> type:
+    def decorate(cls: Class) -> Class:
         cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
         names = [field.name for field in dataclasses.fields(cls)]
         data = [name for name in names if name not in meta]
