@@ -58,8 +58,8 @@ def batch(
     Example:
       >>> text = np.arange(100, dtype=np.uint8)
       >>> batch(text, 2, 3, seed=0, step=7)
-      array([[82, 83, 84, 85],
-             [52, 53, 54, 55]], dtype=uint8)
+      array([[77, 78, 79, 80],
+             [ 3,  4,  5,  6]], dtype=uint8)
     """
     starts = np.random.default_rng((seed, step)).integers(
         len(text) - length, size=batch_size
