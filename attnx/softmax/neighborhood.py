@@ -223,7 +223,7 @@ def from_tiles(
 
 def choose_tile(axes: tuple[Window1D, ...]) -> tuple[int, ...]:
     """A tile nearly cubic, no larger than a dilation group."""
-    preferred = {1: (128,), 2: (8, 8), 3: (4, 4, 4)}[len(axes)]
+    preferred = {1: (128,), 2: (4, 8), 3: (2, 4, 4)}[len(axes)]
     return tuple(
         min(size, -(-axis.length // axis.dilation))
         for size, axis in zip(preferred, axes, strict=True)
