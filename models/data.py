@@ -57,9 +57,9 @@ def batch(
 
     Example:
       >>> text = np.arange(100, dtype=np.uint8)
-      >>> batch(text, 2, 3, seed=0, step=7)
-      array([[77, 78, 79, 80],
-             [ 3,  4,  5,  6]], dtype=uint8)
+      >>> window = batch(text, 2, 3, seed=0, step=7)
+      >>> window.shape, (window[:, 1:] == window[:, :-1] + 1).all().item()
+      ((2, 4), True)
     """
     starts = np.random.default_rng((seed, step)).integers(
         len(text) - length, size=batch_size
