@@ -1,7 +1,8 @@
 # `make demo` trains and shows the language model, `make test` runs the tests,
-# `make lint` checks the code, `make bench` times it. Each first sets up what it needs
-# in a private .venv, at the versions of constraints.txt. PYTHON=python3.12 picks the
-# interpreter; GPU=1 installs the CUDA 13 wheels as well.
+# `make lint` checks the code, `make bench` times it, `make kernels` compiles the GPU
+# kernels without a GPU. Each first sets up what it needs in a private .venv, at the
+# versions of constraints.txt. PYTHON=python3.12 picks the interpreter; GPU=1 installs
+# the CUDA 13 wheels as well.
 
 PYTHON ?= python3
 python := .venv/bin/python
@@ -23,6 +24,9 @@ lint: .venv/.run,lint
 bench: .venv/.run$(cuda)
 	$(python) -m benchmarks run
 
+kernels: .venv/.run,kernels
+	$(python) -m benchmarks.compile
+
 # A stamp is named for the extras that it says are installed.
 .venv/.%: pyproject.toml constraints.txt | $(python)
 	$(python) -m pip install -c constraints.txt -e ".[$*]"
@@ -37,4 +41,4 @@ $(python):
 	  || { rm -rf .venv; echo "No .venv: $(PYTHON) needs the venv module and pip" \
 	       "(Debian, Ubuntu: apt install python3-venv python3-pip)." >&2; exit 1; }
 
-.PHONY: demo test lint bench
+.PHONY: demo test lint bench kernels
