@@ -97,6 +97,23 @@ class Mask:
     ) -> jax.Array:
         raise NotImplementedError(f"{type(self).__name__} defines no predicate")
 
+    def at(
+        self,
+        batch: ArrayLike,
+        head: ArrayLike,
+        query_start: jax.Array,
+        row: jax.Array,
+        key_start: jax.Array,
+        column: jax.Array,
+        /,
+    ) -> jax.Array:
+        """The predicate on query `query_start + row` and key `key_start + column`.
+
+        What kernels ask about the pairs of a block. A mask overrides it where knowing
+        where the block starts makes each pair cheaper.
+        """
+        return self(batch, head, query_start + row, key_start + column)
+
     def bounds(self, tiles: Tiles) -> tuple[jax.Array, jax.Array]:
         """For each tile: may any pair be visible, are all pairs visible.
 
@@ -151,6 +168,9 @@ class And(Mask):
     def __call__(self, batch, head, query, key):
         return self.left(batch, head, query, key) & self.right(batch, head, query, key)
 
+    def at(self, *where):
+        return self.left.at(*where) & self.right.at(*where)
+
     def bounds(self, tiles):
         (some, every), (some_too, every_too) = _both(self, tiles)
         return some & some_too, every & every_too
@@ -164,6 +184,9 @@ class Or(Mask):
     def __call__(self, batch, head, query, key):
         return self.left(batch, head, query, key) | self.right(batch, head, query, key)
 
+    def at(self, *where):
+        return self.left.at(*where) | self.right.at(*where)
+
     def bounds(self, tiles):
         (some, every), (some_too, every_too) = _both(self, tiles)
         return some | some_too, every | every_too
@@ -175,6 +198,9 @@ class Not(Mask):
 
     def __call__(self, batch, head, query, key):
         return ~self.mask(batch, head, query, key)
+
+    def at(self, *where):
+        return ~self.mask.at(*where)
 
     def bounds(self, tiles):
         some, every = self.mask.bounds(tiles)

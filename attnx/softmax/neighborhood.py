@@ -10,9 +10,12 @@ centre (or, on a causal axis, of their last).
 from __future__ import annotations
 
 import dataclasses
+import math
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from attnx._checks import expect
 from attnx.softmax.mask import Mask, mask_class
@@ -32,17 +35,32 @@ class Window1D:
         """The dilation group of an index, and its position inside the group."""
         return index % self.dilation, index // self.dilation
 
-    def range(self, group, position):
-        """The positions `[start, end)` that a query attends within its group."""
-        # The groups of an axis that does not divide differ in size by one.
-        length = (self.length - group + self.dilation - 1) // self.dilation
-        leader = position // self.stride * self.stride
+    def group_length(self, group, xp: ModuleType = jnp):
+        """Tokens of a dilation group: those of an uneven axis differ by one."""
+        length, longer = divmod(self.length, self.dilation)
+        if longer == 0:
+            return length
+        # Adding `group < longer` would make it a long integer in x64 mode.
+        return length + xp.minimum(xp.maximum(longer - group, 0), 1)
+
+    def range(self, group, position, xp: ModuleType = jnp):
+        """The positions `[start, end)` that a query attends within its group.
+
+        Computed by `xp`: jax.numpy, or numpy where the program has no part in it.
+        """
+        length = self.group_length(group, xp)
+        stride = self.stride
+        if stride & (stride - 1):
+            leader = position - xp.fmod(position, stride)
+        else:  # A power of two.
+            leader = position & -stride
         if self.is_causal:
-            leader = jnp.minimum(leader + self.stride - 1, length - 1)
-            start = jnp.maximum(leader - self.kernel_size + 1, 0)
+            leader = xp.minimum(leader + stride - 1, length - 1)
+            start = xp.maximum(leader - self.kernel_size + 1, 0)
             return start, position + 1
-        leader = jnp.minimum(leader + self.stride // 2, length - 1)
-        start = jnp.clip(leader - self.kernel_size // 2, 0, length - self.kernel_size)
+        leader = xp.minimum(leader + stride // 2, length - 1)
+        start = xp.minimum(leader - self.kernel_size // 2, length - self.kernel_size)
+        start = xp.maximum(start, 0)
         return start, start + self.kernel_size
 
 
@@ -103,7 +121,7 @@ class Neighborhood(Mask):
         )
 
     def __call__(self, batch, head, query, key):
-        seen = jnp.ones((1, 1, 1, 1), bool)
+        seen = True
         queries, keys = self._positions(query), self._positions(key)
         for axis, (group, position), (key_group, key_position) in zip(
             self.axes, queries, keys, strict=True
@@ -180,6 +198,56 @@ class Neighborhood(Mask):
         return boxes
 
 
+@mask_class(meta=("shape", "kernel_size", "stride", "dilation", "is_causal", "tile"))
+class TiledNeighborhood(Neighborhood):
+    """A neighborhood asked about blocks that are tiles: the mask of `tile_lists`.
+
+    The same predicate; only `at` is cheaper, and more is asked of who calls it.
+    """
+
+    def at(self, batch, head, query_start, row, key_start, column, /):
+        """The predicate on a pair of one tile of queries and one of keys.
+
+        Where the sizes of the tile are powers of two that sum to at most 31, the two
+        starts must be starts of tiles, and `row` and `column` be less than the tokens
+        of a tile. What a row sees of the tile of keys is then one word, a bit for each
+        position along each axis. A column is one bit an axis, whatever the tile. A row
+        sees it where its word has them all: an AND and a comparison for each pair.
+        """
+        tile = self.tile
+        if tile is None or sum(tile) > 31 or any(n & (n - 1) for n in tile):
+            return super().at(batch, head, query_start, row, key_start, column)
+        queries = self._origins(query_start, tile)
+        keys = self._origins(key_start, tile)
+        rows, columns = _insides(row, tile), _insides(column, tile)
+        seen = bits = jnp.int32(0)
+        place = 0
+        for axis, size, (group, origin), (key_group, key_origin), r, c in zip(
+            self.axes, tile, queries, keys, rows, columns, strict=True
+        ):
+            # Bits [start, end) of the tile, moved to the axis' place in the word.
+            start, end = (
+                jnp.minimum(jnp.maximum(x - key_origin, 0), size)
+                for x in axis.range(group, origin + r)
+            )
+            word = jnp.left_shift(1 << place, end) - jnp.left_shift(1 << place, start)
+            if axis.dilation > 1:
+                word = jnp.where(group == key_group, word, 0)
+            seen |= word
+            bits |= jnp.left_shift(1 << place, c)
+            place += size
+        return (seen & bits) == bits
+
+    def _origins(self, start, tile):
+        """For each axis the dilation group and the first position of a tile."""
+        groups = tuple(axis.dilation for axis in self.axes)
+        number = jnp.asarray(start, jnp.int32) >> (math.prod(tile).bit_length() - 1)
+        digits = _digits(number, groups + tile_grid(self.axes, tile))
+        groups, blocks = digits[: len(tile)], digits[len(tile) :]
+        origins = (block * size for block, size in zip(blocks, tile, strict=True))
+        return zip(groups, origins, strict=True)
+
+
 def tile_grid(axes: tuple[Window1D, ...], tile: tuple[int, ...]) -> tuple[int, ...]:
     """Tiles along each axis of one dilation group."""
     return tuple(
@@ -241,11 +309,23 @@ class _Box:
 
 
 def _digits(index, radices):
-    digits = []
-    for radix in reversed(radices):
-        digits.append(index % radix)
-        index = index // radix
-    return digits[::-1]
+    """The digits of an index that is not negative, the most significant first."""
+    index, digits = jnp.asarray(index), []
+    for radix in reversed(radices[1:]):
+        # `//` and `%` would first ask for signs.
+        rest = lax.div(index, index.dtype.type(radix))
+        digits.append(index - rest * radix)
+        index = rest
+    return [index, *reversed(digits)]
+
+
+def _insides(index, tile):
+    """`_digits` for sizes that are powers of two."""
+    index, digits = jnp.asarray(index, jnp.int32), []
+    for size in reversed(tile):
+        digits.append(index & (size - 1))
+        index = index >> (size.bit_length() - 1)
+    return reversed(digits)
 
 
 def _interleaved(axes, tile):
