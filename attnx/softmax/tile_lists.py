@@ -125,9 +125,8 @@ def transposed_tile_lists(
 
 def _edges(axis, query_size, key_size):
     """Where the runs of `query_runs` start and stop; none moves back."""
-    group = np.arange(axis.dilation)[:, None]
-    blocks = tile_grid((axis,), (query_size,))[0]
-    low = np.arange(blocks)[None] * query_size
+    group, block = np.indices((axis.dilation, *tile_grid((axis,), (query_size,))))
+    low = block * query_size
     length = axis.group_length(group, np)
     # Queries of padding ask for nothing.
     high = np.minimum(low + query_size, length) - 1
@@ -136,8 +135,7 @@ def _edges(axis, query_size, key_size):
     )
     first, stop = low_start // key_size, -(-high_end // key_size)
     full_first, full_stop = -(-high_start // key_size), low_end // key_size
-    stop = np.where(low < length, stop, first)
-    return np.broadcast_arrays(first, stop, full_first, full_stop)
+    return first, np.where(low < length, stop, first), full_first, full_stop
 
 
 def _lists(axes, tile, runs):
