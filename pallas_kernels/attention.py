@@ -1,0 +1,334 @@
+"""Block-sparse softmax attention on Hopper: the forward kernel.
+
+One block of threads serves one tile of queries. A warp copies the key and value tiles
+that the tile's list names; two warpgroups of 64 queries each take turns on the tensor
+cores: while one multiplies, the other exponentiates. Within a warpgroup the product of
+the last probabilities with their values overlaps the softmax of the next scores
+(FlashAttention-3, arXiv 2407.08608).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import mosaic
+from pallas_kernels.mosaic import COL, ROW, TILE
+from pallas_kernels.predicate import KEY, QUERY, Predicate
+
+LOG2E = math.log2(math.e)
+# Rows of one warpgroup's share of a tile: the least that wgmma takes.
+ROWS = 64
+TURN = 4  # Mosaic uses the named barriers below.
+
+
+class Lists(NamedTuple):
+    """Blocks visited by each block of the other side, partial ones first.
+
+    `indices` is int32 `[B or 1, N or K or 1, blocks, slots]`; `counts` and
+    `partial_counts` lack the last axis.
+    """
+
+    indices: jax.Array
+    counts: jax.Array
+    partial_counts: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Masking:
+    """Who sees whom: block sizes of the lists, and the predicate of partial blocks."""
+
+    query_block: int
+    key_block: int
+    predicate: Predicate | None
+
+
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    lists: Lists,
+    looked_up: list[jax.Array],
+    masking: Masking,
+    *,
+    scale: float,
+    key_tile: int,
+    stages: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Attends each query block to the key blocks that it lists.
+
+    Args:
+      query: `[B, T, N, H]`, T a multiple of 128 and of `masking.query_block`.
+      key: `[B, S, K, H]`, S a multiple of `masking.key_block`.
+      value: `[B, S, K, V]`.
+      lists: the key blocks of each query block.
+      looked_up: the arrays of `predicate.trace`.
+      masking: the blocks' sizes and the predicate.
+      scale: positive factor on the scores.
+      key_tile: keys of one step, a divisor of `masking.key_block`.
+      stages: key and value tiles in flight.
+
+    Returns:
+      The output `[B, T, N, V]` and the log-sum-exp in base 2, float32 `[B, N, T]`.
+    """
+    batch, query_len, heads, head_size = query.shape
+    value_size = value.shape[-1]
+    group = heads // key.shape[2]
+    dtype = query.dtype
+    tile = 2 * ROWS
+    shape = (ROWS, key_tile)
+    split = masking.key_block // key_tile
+    log2_scale = scale * LOG2E
+
+    def body(*refs):
+        q_g, k_g, v_g, *lists_g = refs[:6]
+        looked_up_g = refs[6 : 6 + len(looked_up)]
+        out_g, lse_g, q_s, k_s, v_s, out_s, lse_s, *barriers = refs[
+            6 + len(looked_up) :
+        ]
+        q_full, k_full, v_full, k_free, v_free = barriers
+        h, i, b = (lax.axis_index(axis) for axis in ("h", "q", "b"))
+        wg = lax.axis_index("wg")
+        # Later tiles of a causal mask visit more: the longest start first.
+        i = lax.axis_size("q") - 1 - i
+        start = i * tile
+        visits = Visits(lists_g, b, h, heads, lax.div(start, masking.query_block))
+        steps = visits.count * split
+
+        def key_start(j):
+            block = visits.block(lax.div(j, jnp.int32(split))) * masking.key_block
+            return block, lax.rem(j, jnp.int32(split)) * key_tile
+
+        def consume():
+            plgpu.set_max_registers(240, action="increase")
+            first_row = wg * ROWS
+            q, lse = q_s.at[pl.ds(first_row, ROWS)], lse_s.at[wg]
+            if masking.predicate is not None:
+                sees = Sees(
+                    masking.predicate, looked_up_g, (b, h), (start, first_row), shape
+                )
+
+            def update(j, scores, m, l, masked):
+                if masked:
+                    # A huge finite value would leave a residue where a whole row is
+                    # hidden: the compiler fuses the product and the difference.
+                    scores = jnp.where(sees(*key_start(j)), scores, -jnp.inf)
+                m_new = jnp.maximum(m, scores.max(axis=1) * log2_scale)
+                peak = jnp.where(m_new == -jnp.inf, 0.0, m_new) if masked else m_new
+                alpha = jnp.exp2(m - peak)
+                p = jnp.exp2(scores * log2_scale - mosaic.along(peak, 0, shape))
+                return m_new, l * alpha + p.sum(axis=1), alpha, p
+
+            def first(j, carry, masked):
+                acc, m, l, _ = carry
+                plgpu.barrier_wait(k_full.at[0])
+                scores = mosaic.product(q, mosaic.transposed(k_s.at[0]))
+                plgpu.barrier_arrive(k_free.at[0])
+                m, l, _, p = update(j, scores, m, l, masked)
+                return acc, m, l, p.astype(dtype)
+
+            def step(j, carry, masked):
+                acc, m, l, p = carry
+                slot = lax.rem(j, jnp.int32(stages))
+                before = lax.rem(j - 1, jnp.int32(stages))
+                plgpu.barrier_wait(k_full.at[slot])
+                plgpu.barrier_wait(v_full.at[before])
+                mosaic.named_barrier("sync", TURN + wg, 256)
+
+                def meanwhile(scores):
+                    plgpu.barrier_arrive(k_free.at[slot])
+                    return update(j, scores, m, l, masked)
+
+                acc, (m, l, alpha, p) = mosaic.overlapped(
+                    (q, k_s.at[slot]),
+                    (acc, p, v_s.at[before]),
+                    issued=lambda: mosaic.named_barrier("arrive", TURN + 1 - wg, 256),
+                    meanwhile=meanwhile,
+                )
+                plgpu.barrier_arrive(v_free.at[before])
+                acc = acc * mosaic.along(alpha, 0, acc.shape)
+                return acc, m, l, p.astype(dtype)
+
+            def last(_, acc, p):
+                slot = lax.rem(steps - 1, jnp.int32(stages))
+                plgpu.barrier_wait(v_full.at[slot])
+                acc = mosaic.accumulated(acc, p, v_s.at[slot])
+                plgpu.barrier_arrive(v_free.at[slot])
+                return acc
+
+            pl.when(wg == 1)(lambda: mosaic.named_barrier("arrive", TURN, 256))
+            vector = functools.partial(mosaic.full, (ROWS,), layout=ROW)
+            carry = (
+                mosaic.full((ROWS, value_size), 0.0, TILE),
+                vector(-jnp.inf),
+                vector(0.0),
+                mosaic.full(shape, 0.0, TILE, dtype),
+            )
+            has_partial = masking.predicate is not None
+            partial = visits.partial_count * split if has_partial else 0
+            some = jnp.minimum(steps, 1)
+            plgpu.barrier_wait(q_full)
+            # In full blocks the predicate holds: the first step can always ask it.
+            carry = lax.fori_loop(
+                0, some, functools.partial(first, masked=has_partial), carry
+            )
+            if has_partial:
+                carry = lax.fori_loop(
+                    1, partial, functools.partial(step, masked=True), carry
+                )
+            carry = lax.fori_loop(
+                jnp.maximum(partial, 1),
+                steps,
+                functools.partial(step, masked=False),
+                carry,
+            )
+            acc, m, l, p = carry
+            acc = lax.fori_loop(0, some, functools.partial(last, p=p), acc)
+            empty = l == 0.0
+            l = jnp.where(empty, 1.0, l)
+            inverse = jnp.where(empty, 0.0, 1.0 / l)
+            acc = acc * mosaic.along(inverse, 0, acc.shape)
+            lse[...] = jnp.where(empty, -jnp.inf, m + jnp.log(l) * LOG2E)
+            # The queries have been read: their place takes the output.
+            out = (q_s if out_s is None else out_s).at[pl.ds(first_row, ROWS)]
+            out[...] = acc.astype(dtype)
+            plgpu.commit_smem()
+            rows = pl.ds(start + first_row, ROWS)
+            plgpu.copy_smem_to_gmem(out, out_g.at[b, rows, h])
+            plgpu.copy_smem_to_gmem(lse, lse_g.at[b, h, rows])
+            plgpu.wait_smem_to_gmem(0)
+
+        def produce():
+            plgpu.set_max_registers(24, action="decrease")
+
+            @mosaic.by_one_warp
+            def _():
+                kv_head = lax.div(h, jnp.int32(group))
+                plgpu.copy_gmem_to_smem(q_g.at[b, pl.ds(start, tile), h], q_s, q_full)
+
+                def copy(j, gmem, smem, full, free):
+                    slot = lax.rem(j, jnp.int32(stages))
+                    pl.when(j >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+                    rows = pl.ds(sum(key_start(j)), key_tile)
+                    plgpu.copy_gmem_to_smem(
+                        gmem.at[b, rows, kv_head], smem.at[slot], full.at[slot]
+                    )
+
+                # Values are used one step after their keys.
+                @pl.loop(0, jnp.where(steps > 0, steps + 1, 0))
+                def _(j):
+                    pl.when(j < steps)(lambda: copy(j, k_g, k_s, k_full, k_free))
+                    pl.when(j > 0)(lambda: copy(j - 1, v_g, v_s, v_full, v_free))
+
+                @pl.loop(jnp.maximum(steps - stages, 0), steps)
+                def _(j):
+                    slot = lax.rem(j, jnp.int32(stages))
+                    plgpu.barrier_wait(k_free.at[slot])
+                    plgpu.barrier_wait(v_free.at[slot])
+
+        pl.when(wg < 2)(consume)
+        pl.when(wg == 2)(produce)
+
+    slots = functools.partial(plgpu.Barrier, num_barriers=stages)
+    alone = head_size == value_size
+    return mosaic.call(
+        body,
+        (query, key, value, *lists, *looked_up),
+        (
+            jax.ShapeDtypeStruct((batch, query_len, heads, value_size), dtype),
+            jax.ShapeDtypeStruct((batch, heads, query_len), jnp.float32),
+        ),
+        scratch=[
+            mosaic.tiled((tile, head_size), dtype),
+            mosaic.tiled((stages, key_tile, head_size), dtype),
+            mosaic.tiled((stages, key_tile, value_size), dtype),
+            None if alone else mosaic.tiled((tile, value_size), dtype),
+            plgpu.SMEM((2, ROWS), jnp.float32),
+            plgpu.Barrier(),
+            slots(),
+            slots(),
+            slots(num_arrivals=2),
+            slots(num_arrivals=2),
+        ],
+        grid=(heads, query_len // tile, batch),
+        grid_names=("h", "q", "b"),
+        num_threads=3,
+        thread_name="wg",
+    )
+
+
+class Visits:
+    """One block's row of the lists, read as it is walked."""
+
+    def __init__(self, lists, batch, head, heads, row):
+        indices, counts, partial_counts = lists
+        self._row = (
+            jnp.int32(0) if indices.shape[0] == 1 else batch,
+            lax.div(head, jnp.int32(heads // indices.shape[1])),
+            row,
+        )
+        self._indices = indices
+        self.count = counts[self._row]
+        self.partial_count = partial_counts[self._row]
+
+    def block(self, j):
+        return self._indices[(*self._row, j)]
+
+
+class Sees:
+    """The predicate on one warpgroup's tile of queries (rows) against keys.
+
+    With `query_axis` 1 the tile is transposed: keys are the rows.
+    """
+
+    def __init__(self, predicate, looked_up, where, fixed, shape, query_axis=0):
+        self._predicate, self._shape = predicate, shape
+        self._looked_up, self._where = looked_up, where
+        self._query_axis = query_axis
+        self._iota = [mosaic.iota(size, axis) for axis, size in enumerate(shape)]
+        self._fixed = fixed
+        # What the rows look up is the same for every tile they meet.
+        self._rows = {
+            i: self._load(i, sum(fixed), 0)
+            for i, lookup in enumerate(predicate.lookups)
+            if lookup.by == (KEY if query_axis else QUERY)
+        }
+
+    def __call__(self, start, offset):
+        """Against the tile that begins at `start + offset`, `start` a block's."""
+        sides = [
+            ((self._fixed[0], None), (self._fixed[1] + self._iota[0], 0)),
+            ((start, None), (offset + self._iota[1], 1)),
+        ]
+        if self._query_axis:
+            sides.reverse()
+        arguments = [(x, None) for x in self._where] + [x for s in sides for x in s]
+        looked_up = []
+        for i, lookup in enumerate(self._predicate.lookups):
+            if lookup.by is None:
+                ref = self._looked_up[i]
+                looked_up.append((ref[(*self._at(ref), jnp.int32(0))], None))
+            elif i in self._rows:
+                looked_up.append((self._rows[i], 0))
+            else:
+                looked_up.append((self._load(i, start + offset, 1), 1))
+        return self._predicate(arguments, looked_up, self._shape)
+
+    def _load(self, i, start, axis):
+        ref = self._looked_up[i]
+        place = ref.at[(*self._at(ref), pl.ds(start, self._shape[axis]))]
+        return mosaic.load(place, (ROW, COL)[axis])
+
+    def _at(self, ref):
+        return [
+            jnp.int32(0) if size == 1 else index
+            for size, index in zip(ref.shape, self._where, strict=False)
+        ]

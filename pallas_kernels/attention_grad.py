@@ -1,0 +1,271 @@
+"""Block-sparse softmax attention on Hopper: the backward kernel.
+
+One block of threads serves one tile of keys and holds its gradients in registers,
+walking the query tiles that see it. Gradients of queries, to which many key tiles add,
+are summed in float32 by the memory's own additions, in no fixed order.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import mosaic
+from pallas_kernels.attention import LOG2E, ROWS, Lists, Masking, Sees, Visits
+from pallas_kernels.mosaic import COL
+
+PAIR = 6  # Named barrier on which the two warpgroups meet.
+
+
+def attention_grad(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    d_out: jax.Array,
+    lse: jax.Array,
+    delta: jax.Array,
+    lists: Lists,
+    looked_up: list[jax.Array],
+    masking: Masking,
+    *,
+    scale: float,
+    stages: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of `attention`.
+
+    Args:
+      query: `[B, T, N, H]`, T a multiple of 128 and of `masking.query_block`.
+      key: `[B, S, K, H]`, S a multiple of 128 and of `masking.key_block`.
+      value: `[B, S, K, V]`.
+      d_out: the output's cotangent, `[B, T, N, V]`.
+      lse: the log-sum-exp in base 2, +inf for a query that sees nothing,
+        float32 `[B, N, T]`.
+      delta: the inner product of output and cotangent less the log-sum-exp's
+        cotangent, float32 `[B, N, T]`.
+      lists: the query blocks that visit each key block.
+      looked_up: the arrays of `predicate.trace`.
+      masking: the blocks' sizes and the predicate.
+      scale: positive factor on the scores.
+      stages: query tiles in flight.
+
+    Returns:
+      Gradients of the query, in float32 and still to be scaled, of key and of value.
+    """
+    batch, _, heads, head_size = query.shape
+    _, key_len, key_heads, value_size = value.shape
+    group = heads // key_heads
+    dtype = query.dtype
+    tile = 2 * ROWS
+    shape = (ROWS, ROWS)
+    split = masking.query_block // ROWS
+    half = head_size // 2
+    log2_scale = scale * LOG2E
+
+    def body(*refs):
+        q_g, k_g, v_g, do_g, lse_g, delta_g, *lists_g = refs[:9]
+        looked_up_g = refs[9 : 9 + len(looked_up)]
+        dq_g, dk_g, dv_g, *local = refs[9 + len(looked_up) :]
+        k_s, v_s, q_s, do_s, row_s, ds_s, dq_s, *barriers, acc_k, acc_v = local
+        kv_full, q_full, do_full, q_free, do_free, pair = barriers
+        kv_head, i, b = (lax.axis_index(axis) for axis in ("h", "k", "b"))
+        wg = lax.axis_index("wg")
+        start = i * tile
+        key_block = lax.div(start, jnp.int32(masking.key_block))
+
+        def visits_of(member):
+            head = kv_head * group + member
+            return head, Visits(lists_g, b, head, heads, key_block)
+
+        def query_start(visits, j):
+            block = visits.block(lax.div(j, jnp.int32(split))) * masking.query_block
+            return block, lax.rem(j, jnp.int32(split)) * ROWS
+
+        def consume():
+            plgpu.set_max_registers(240, action="increase")
+            first_row = wg * ROWS
+            k, v = k_s.at[pl.ds(first_row, ROWS)], v_s.at[pl.ds(first_row, ROWS)]
+            plgpu.barrier_wait(kv_full)
+
+            def step(j, n, visits, sees, d_key, d_value):
+                slot = lax.rem(n, jnp.int32(stages))
+                q, do = q_s.at[slot], do_s.at[slot]
+
+                def columns(which):
+                    vector = mosaic.load(row_s.at[slot, which], COL)
+                    return mosaic.along(vector, 1, shape)
+
+                def probabilities(scores):
+                    p = jnp.exp2(scores * log2_scale - columns(0))
+                    if sees is not None:
+                        p = jnp.where(sees(*query_start(visits, j)), p, 0.0)
+                    return p
+
+                plgpu.barrier_wait(q_full.at[slot])
+                plgpu.barrier_wait(do_full.at[slot])
+                p, dp = mosaic.two_products(
+                    (k, mosaic.transposed(q)),
+                    (v, mosaic.transposed(do)),
+                    probabilities,
+                )
+                mosaic.add_product(d_value, p.astype(dtype), do)
+                ds = (p * (dp - columns(1))).astype(dtype)
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(do_free.at[slot])
+                # The other warpgroup met this one after it last read this buffer.
+                ds_now = ds_s.at[lax.rem(n, jnp.int32(2))]
+                ds_now.at[pl.ds(first_row, ROWS)][...] = ds
+                plgpu.commit_smem()
+                mosaic.meet(PAIR, pair)
+
+                def write(d_query):
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    dq_s.at[wg][...] = d_query
+                    plgpu.commit_smem()
+                    mosaic.add_to_memory(
+                        dq_s.at[wg],
+                        dq_g.at[
+                            b,
+                            pl.ds(sum(query_start(visits, j)), ROWS),
+                            visits.head,
+                            pl.ds(wg * half, half),
+                        ],
+                    )
+
+                mosaic.product_beside(
+                    (
+                        mosaic.transposed(ds_now),
+                        k_s.at[:, pl.ds(wg * half, half)],
+                    ),
+                    (d_key, ds_now.at[pl.ds(first_row, ROWS)], q),
+                    write,
+                )
+                plgpu.barrier_arrive(q_free.at[slot])
+                return n + 1
+
+            def walk(d_key, d_value):
+                def member(g, n):
+                    head, visits = visits_of(g)
+                    visits.head = head
+                    run = functools.partial(
+                        step, visits=visits, d_key=d_key, d_value=d_value
+                    )
+                    partial = jnp.int32(0)
+                    if masking.predicate is not None:
+                        sees = Sees(
+                            masking.predicate,
+                            looked_up_g,
+                            (b, head),
+                            (start, first_row),
+                            shape,
+                            query_axis=1,
+                        )
+                        partial = visits.partial_count * split
+                        n = lax.fori_loop(
+                            0, partial, functools.partial(run, sees=sees), n
+                        )
+                    return lax.fori_loop(
+                        partial,
+                        visits.count * split,
+                        functools.partial(run, sees=None),
+                        n,
+                    )
+
+                lax.fori_loop(0, group, member, jnp.int32(0))
+
+            d_key, d_value = mosaic.accumulators(
+                walk,
+                [None if ref is None else ref.at[wg] for ref in (acc_k, acc_v)],
+                [(ROWS, head_size), (ROWS, value_size)],
+            )
+            # Both have read the keys before either writes over them.
+            mosaic.meet(PAIR, pair)
+            k[...] = (d_key * scale).astype(dtype)
+            v[...] = d_value.astype(dtype)
+            plgpu.commit_smem()
+            rows = pl.ds(start + first_row, ROWS)
+            plgpu.copy_smem_to_gmem(k, dk_g.at[b, rows, kv_head])
+            plgpu.copy_smem_to_gmem(v, dv_g.at[b, rows, kv_head])
+            plgpu.wait_smem_to_gmem(0)
+
+        def produce():
+            plgpu.set_max_registers(24, action="decrease")
+
+            @mosaic.by_one_warp
+            def _():
+                keys = pl.ds(start, tile)
+                plgpu.copy_gmem_to_smem(k_g.at[b, keys, kv_head], k_s, kv_full)
+                plgpu.copy_gmem_to_smem(v_g.at[b, keys, kv_head], v_s, kv_full)
+
+                def step(j, n, visits):
+                    slot = lax.rem(n, jnp.int32(stages))
+                    rows = pl.ds(sum(query_start(visits, j)), ROWS)
+                    head = visits.head
+                    again = n >= stages
+                    pl.when(again)(lambda: plgpu.barrier_wait(q_free.at[slot]))
+                    full = q_full.at[slot]
+                    plgpu.copy_gmem_to_smem(q_g.at[b, rows, head], q_s.at[slot], full)
+                    plgpu.copy_gmem_to_smem(
+                        lse_g.at[b, head, rows], row_s.at[slot, 0], full
+                    )
+                    plgpu.copy_gmem_to_smem(
+                        delta_g.at[b, head, rows], row_s.at[slot, 1], full
+                    )
+                    pl.when(again)(lambda: plgpu.barrier_wait(do_free.at[slot]))
+                    plgpu.copy_gmem_to_smem(
+                        do_g.at[b, rows, head], do_s.at[slot], do_full.at[slot]
+                    )
+                    return n + 1
+
+                def member(g, n):
+                    head, visits = visits_of(g)
+                    visits.head = head
+                    count = visits.count * split
+                    return lax.fori_loop(
+                        0, count, functools.partial(step, visits=visits), n
+                    )
+
+                n = lax.fori_loop(0, group, member, jnp.int32(0))
+
+                @pl.loop(jnp.maximum(n - stages, 0), n)
+                def _(j):
+                    slot = lax.rem(j, jnp.int32(stages))
+                    plgpu.barrier_wait(q_free.at[slot])
+                    plgpu.barrier_wait(do_free.at[slot])
+
+        pl.when(wg < 2)(consume)
+        pl.when(wg == 2)(produce)
+
+    swizzle = mosaic.swizzle_of(half, dtype)
+    slots = functools.partial(plgpu.Barrier, num_barriers=stages)
+    d_query = jnp.zeros(query.shape, jnp.float32)
+    return mosaic.call_in_place(
+        body,
+        (query, key, value, d_out, lse, delta, *lists, *looked_up),
+        (d_query, jnp.zeros_like(key), jnp.zeros_like(value)),
+        scratch=[
+            mosaic.tiled((tile, head_size), dtype, swizzle),
+            mosaic.tiled((tile, value_size), dtype),
+            mosaic.tiled((stages, ROWS, head_size), dtype, swizzle),
+            mosaic.tiled((stages, ROWS, value_size), dtype),
+            plgpu.SMEM((stages, 2, ROWS), jnp.float32),
+            mosaic.tiled((2, tile, ROWS), dtype, swizzle),
+            mosaic.tiled((2, ROWS, half), jnp.float32),
+            plgpu.Barrier(num_arrivals=2),
+            slots(num_arrivals=3),
+            slots(),
+            slots(num_arrivals=2),
+            slots(num_arrivals=2),
+            mosaic.emulated(plgpu.Barrier(num_arrivals=2)),
+            mosaic.emulated(plgpu.SMEM((2, ROWS, head_size), jnp.float32)),
+            mosaic.emulated(plgpu.SMEM((2, ROWS, value_size), jnp.float32)),
+        ],
+        grid=(key_heads, key_len // tile, batch),
+        grid_names=("h", "k", "b"),
+        num_threads=3,
+        thread_name="wg",
+    )

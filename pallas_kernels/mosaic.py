@@ -1,0 +1,391 @@
+"""Mosaic GPU as both jax versions spell it, and the pieces their interpreters lack.
+
+The kernels are written once. Under `interpret()` the barriers, copies and loops stay
+the real ones; matrix products and register layouts, which the interpreters do not
+model, become plain arrays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import inspect
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jax._src.lib.mlir import ir
+from jax._src.lib.mlir.dialects import llvm
+from jax.experimental.mosaic import gpu as mgpu
+
+try:
+    InterpretParams = plgpu.InterpretGPUParams
+    _force_interpret = plgpu.force_gpu_interpret_mode
+except AttributeError:  # Before 0.11 neither was public.
+    from jax._src.pallas.mosaic_gpu.interpret.params import (
+        InterpretGPUParams as InterpretParams,
+    )
+    from jax._src.pallas.mosaic_gpu.interpret.params import (
+        force_gpu_interpret_mode as _force_interpret,
+    )
+
+TILE = plgpu.Layout.WGMMA
+# Vectors along the rows of a tile, and along its columns.
+ROW = TILE.reduce(1)
+COL = TILE.reduce(0)
+LAYOUTS = (ROW, COL)
+SMEM_BYTES = 232_448
+
+_LOAD_TAKES_INDEX = "idx" in inspect.signature(plgpu.load).parameters and (
+    inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty
+)
+_REFS_INTO_KERNELS = not hasattr(plgpu, "transpose_ref") or not _LOAD_TAKES_INDEX
+_interpreted: contextvars.ContextVar[bool] = contextvars.ContextVar(
+    "interpreted", default=False
+)
+
+
+@contextlib.contextmanager
+def interpret(**options):
+    """Runs kernels on the CPU; options are those of `InterpretGPUParams`."""
+    token = _interpreted.set(True)
+    try:
+        with _force_interpret(InterpretParams(**options)):
+            yield
+    finally:
+        _interpreted.reset(token)
+
+
+def interpreted() -> bool:
+    """Whether kernels traced now are for the interpreter."""
+    return _interpreted.get()
+
+
+def compiler_params() -> plgpu.CompilerParams:
+    """What every kernel is compiled with."""
+    return plgpu.CompilerParams(
+        approx_math=True,
+        unsafe_no_auto_barriers=True,
+        reduction_scratch_bytes=0,
+        lowering_semantics=plgpu.LoweringSemantics.Lane,
+    )
+
+
+def call(body, inputs, outputs, *, scratch, **mesh):
+    """`plgpu.kernel` of `body(*inputs, *outputs, *scratch)`."""
+    return plgpu.kernel(
+        body,
+        out_type=outputs,
+        scratch_types=scratch,
+        compiler_params=compiler_params(),
+        **mesh,
+    )(*inputs)
+
+
+def call_in_place(body, inputs, outputs, *, scratch, **mesh):
+    """The same, but the outputs begin as the given arrays and are added to."""
+    params = compiler_params()
+
+    def run(refs):
+        if _REFS_INTO_KERNELS:
+            plgpu.kernel(
+                body,
+                out_type=(),
+                scratch_types=scratch,
+                compiler_params=params,
+                **mesh,
+            )(*refs)
+        else:
+
+            @pl.core_map(plgpu.Mesh(**mesh), compiler_params=params)
+            def _():
+                pl.run_scoped(
+                    lambda *local: body(*refs, *local),
+                    *scratch,
+                    collective_axes=mesh["thread_name"],
+                )
+
+    return pl.run_state(run)((*inputs, *outputs))[len(inputs) :]
+
+
+def tiled(shape, dtype, swizzle: int | None = None):
+    """Shared memory in the tiling that matrix products and box copies use."""
+    swizzle = swizzle or swizzle_of(shape[-1], dtype)
+    columns = swizzle // jnp.dtype(dtype).itemsize
+    transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def swizzle_of(columns: int, dtype) -> int:
+    """The widest swizzle that rows of so many columns have room for."""
+    for swizzle in (128, 64, 32):
+        if columns * jnp.dtype(dtype).itemsize % swizzle == 0:
+            return swizzle
+    raise ValueError(f"columns: expected a multiple of 32 bytes, got {columns}")
+
+
+def load(ref, layout):
+    """Registers in a layout, from memory of any kind."""
+    if not _LOAD_TAKES_INDEX:
+        return plgpu.load(ref, layout=layout, optimized=False)
+    if interpreted():
+        return ref[...]
+    return plgpu.load(ref, None, layout=layout, optimized=False)
+
+
+def full(shape, value, layout, dtype=jnp.float32):
+    """A constant in a layout."""
+    x = jnp.full(shape, value, dtype)
+    return x if interpreted() else plgpu.layout_cast(x, layout)
+
+
+def iota(size: int, axis: int):
+    """0, 1, 2, ... along an axis of a tile."""
+    if interpreted():
+        return lax.iota(jnp.int32, size)
+    return plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=LAYOUTS[axis])
+
+
+def along(x, axis: int, shape):
+    """A vector along one axis of a tile, repeated along the other."""
+    return lax.broadcast_in_dim(x, shape, (axis,))
+
+
+def transposed(ref):
+    return ref.transpose((1, 0))
+
+
+def by_one_warp(body):
+    """Runs `body` in a single warp: enough to issue copies, and fewer arrivals."""
+    if interpreted():
+        body()
+        return
+
+    @plgpu.warp_map
+    def _(warp):
+        pl.when(warp == 0)(body)
+
+
+def named_barrier(operation: str, number, threads: int):
+    """`bar.sync` or `bar.arrive`: for the turns of warpgroups, which carry no data."""
+    if interpreted():
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,))
+    def barrier(_, number):
+        llvm.inline_asm(
+            ir.Type.parse("!llvm.void"),
+            [number.registers[()]],
+            f"bar.{operation} $0, {threads};",
+            "r",
+            has_side_effects=True,
+        )
+
+    barrier(jnp.asarray(number, jnp.int32))
+
+
+def product(a, b, *, after=lambda: None):
+    """`a b` for shared memory `a` and `b`; `after` runs while it is computed."""
+    if interpreted():
+        result = plain(a) @ plain(b)
+        plgpu.commit_smem()
+        after()
+        return result
+
+    def issue(acc):
+        plgpu.wgmma(acc, a, b)
+        after()
+        return acc[...]
+
+    return pl.run_scoped(issue, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+
+
+def accumulated(acc, a, b):
+    """`acc + a b`, for registers `a` and shared memory `b`."""
+    if interpreted():
+        result = acc + plain(a) @ plain(b)
+        plgpu.commit_smem()
+        return result
+    return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(acc))
+
+
+def overlapped(first, second, *, issued, meanwhile):
+    """Two products, and work on the first while the second is computed.
+
+    Args:
+      first: `(a, b)` in shared memory, for `a b^T`.
+      second: `(acc, c, d)`: `acc + c d`, for registers `c` and shared memory `d`.
+      issued: runs when both are on their way.
+      meanwhile: `a b^T -> anything`, while the second product is computed.
+
+    Returns:
+      `acc + c d` and what `meanwhile` returns.
+    """
+    (a, b), (acc, c, d) = first, second
+    if interpreted():
+        product = plain(a) @ plain(b).T
+        acc = acc + plain(c) @ plain(d)
+        plgpu.commit_smem()
+        issued()
+        return acc, meanwhile(product)
+
+    @plgpu.inline_mgpu(
+        arg_types=(*map(_ref_type, (a, b, d)), TILE, TILE),
+        return_type=(
+            plgpu.ShapeDtypeStruct((a.shape[0], b.shape[0]), jnp.float32, TILE),
+            plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, TILE),
+        ),
+    )
+    def issue(_, a, b, d, acc, c):
+        # Registers are made ready before the first product, not between the two:
+        # there the assembler would give up running them side by side.
+        c = _fence(c)
+        acc = mgpu.WGMMAAccumulator.from_registers(acc)
+        product = mgpu.WGMMAAccumulator.zero(*product_shape)
+        product = _issue(product, a, mgpu.memref_transpose(b, (1, 0, 3, 2)))
+        with _fenced_already():
+            acc = _issue(acc, c, d)
+        return product.value, acc.value
+
+    product_shape = (a.shape[0], b.shape[0])
+    product, acc = issue(a, b, d, acc, c)
+    issued()
+    plgpu.wgmma_wait(1)
+    done = meanwhile(lax.optimization_barrier(product))
+    plgpu.wgmma_wait(0)
+    # What reads these comes after the wait, or it could reuse registers in flight.
+    return lax.optimization_barrier((acc, done))
+
+
+def emulated(scratch):
+    """Scratch for the interpreter alone, in place of what only the hardware has."""
+    return scratch if interpreted() else None
+
+
+def meet(number: int, barrier):
+    """Waits for the other warpgroup; `barrier` is `emulated`."""
+    if interpreted():
+        plgpu.barrier_arrive(barrier)
+        plgpu.barrier_wait(barrier)
+    else:
+        named_barrier("sync", number, 256)
+
+
+def accumulators(body, refs, shapes):
+    """Runs `body(*accumulators)`, which start at zero; returns what they come to.
+
+    Args:
+      body: gets one accumulator a shape.
+      refs: `emulated` float32 memory in those shapes, this warpgroup's own.
+      shapes: the accumulators'.
+    """
+    if interpreted():
+        for ref in refs:
+            ref[...] = jnp.zeros(ref.shape, jnp.float32)
+        body(*refs)
+        return tuple(ref[...] for ref in refs)
+
+    def run(*refs):
+        body(*refs)
+        return tuple(ref[...] for ref in refs)
+
+    return pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
+
+
+def two_products(first, second, meanwhile):
+    """`meanwhile(a b)` and `c d`, the one worked on while the other is computed."""
+    (a, b), (c, d) = first, second
+    if interpreted():
+        results = plain(a) @ plain(b), plain(c) @ plain(d)
+        plgpu.commit_smem()
+        return meanwhile(results[0]), results[1]
+
+    def run(left, right):
+        plgpu.wgmma(left, a, b)
+        plgpu.wgmma(right, c, d)
+        done = meanwhile(plgpu.wgmma_accumulator_load(left, wait_n=1))
+        return done, plgpu.wgmma_accumulator_load(right, wait_n=0)
+
+    shapes = (a.shape[0], b.shape[1]), (c.shape[0], d.shape[1])
+    return pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
+
+
+def product_beside(first, second, write):
+    """`write(a b)` while `acc += c d` is computed, and then waits for that."""
+    (a, b), (acc, c, d) = first, second
+    if interpreted():
+        result = plain(a) @ plain(b)
+        add_product(acc, c, d)
+        write(result)
+        return
+
+    def run(left):
+        plgpu.wgmma(left, a, b)
+        plgpu.wgmma(acc, c, d)
+        write(plgpu.wgmma_accumulator_load(left, wait_n=1))
+
+    pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+    plgpu.wgmma_wait(0)
+
+
+def add_product(acc, a, b):
+    """Begins `acc += a b` for an accumulator."""
+    if interpreted():
+        acc[...] = acc[...] + plain(a) @ plain(b)
+        plgpu.commit_smem()
+    else:
+        plgpu.wgmma(acc, a, b)
+
+
+def add_to_memory(smem, gmem):
+    """Adds a tile to memory, by the copy engine; `wait_smem_to_gmem` waits for it."""
+    if interpreted():  # Blocks run one after another there.
+        gmem[...] = gmem[...] + smem[...]
+    else:
+        plgpu.copy_smem_to_gmem(smem, gmem, reduction_op="add")
+
+
+def plain(x):
+    """The float32 values behind a reference or an array, for the interpreter."""
+    return (x if isinstance(x, jax.Array) else x[...]).astype(jnp.float32)
+
+
+def _ref_type(ref):
+    """How `inline_mgpu` is to hand over shared memory made by `tiled`."""
+    base = ref
+    while hasattr(base, "ref"):
+        base = base.ref
+    swizzle = swizzle_of(base.shape[-1], base.dtype)
+    columns = swizzle // jnp.dtype(base.dtype).itemsize
+    return plgpu.RefType(
+        (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle))
+    )
+
+
+def _issue(acc, a, b):
+    # Rows of a tile are one swizzle wide; in a transposed one they are the columns.
+    columns = max(ir.MemRefType(b.type).shape[-2:])
+    acc = mgpu.wgmma(acc, a, b, swizzle=2 * columns)
+    llvm.inline_asm(
+        ir.Type.parse("!llvm.void"),
+        [],
+        "wgmma.commit_group.sync.aligned;",
+        "",
+        has_side_effects=True,
+    )
+    return acc
+
+
+_fence = mgpu.wgmma.__globals__["wgmma_fence"]
+
+
+@contextlib.contextmanager
+def _fenced_already():
+    names = mgpu.wgmma.__globals__
+    names["wgmma_fence"] = lambda array: array
+    try:
+        yield
+    finally:
+        names["wgmma_fence"] = _fence
