@@ -1,6 +1,7 @@
 """Attention for JAX: exact references, XLA, GPU kernels, and Flax layers."""
 
 from attnx import masks as masks
+from attnx import neighborhood as neighborhood
 from attnx._dispatch import explain as explain
 from attnx.cache import KVCache as KVCache
 from attnx.linear import decay as decay

@@ -208,14 +208,14 @@ class TiledNeighborhood(Neighborhood):
     def at(self, batch, head, query_start, row, key_start, column, /):
         """The predicate on a pair of one tile of queries and one of keys.
 
-        Where the sizes of the tile are powers of two that sum to at most 31, the two
-        starts must be starts of tiles, and `row` and `column` be less than the tokens
-        of a tile. What a row sees of the tile of keys is then one word, a bit for each
-        position along each axis. A column is one bit an axis, whatever the tile. A row
-        sees it where its word has them all: an AND and a comparison for each pair.
+        Where the tile `fits_word`, the two starts must be starts of tiles, and `row`
+        and `column` be less than the tokens of a tile. What a row sees of the tile of
+        keys is then one word, a bit for each position along each axis. A column is one
+        bit an axis, whatever the tile. A row sees it where its word has them all: an
+        AND and a comparison for each pair.
         """
         tile = self.tile
-        if tile is None or sum(tile) > 31 or any(n & (n - 1) for n in tile):
+        if tile is None or not fits_word(tile):
             return super().at(batch, head, query_start, row, key_start, column)
         queries = self._origins(query_start, tile)
         keys = self._origins(key_start, tile)
@@ -246,6 +246,11 @@ class TiledNeighborhood(Neighborhood):
         groups, blocks = digits[: len(tile)], digits[len(tile) :]
         origins = (block * size for block, size in zip(blocks, tile, strict=True))
         return zip(groups, origins, strict=True)
+
+
+def fits_word(tile: tuple[int, ...]) -> bool:
+    """Whether the sizes are powers of two that sum to the bits of an int32."""
+    return sum(tile) <= 31 and not any(n & (n - 1) for n in tile)
 
 
 def tile_grid(axes: tuple[Window1D, ...], tile: tuple[int, ...]) -> tuple[int, ...]:
