@@ -8,6 +8,10 @@ PYTHON ?= python3
 python := .venv/bin/python
 comma := ,
 cuda := $(if $(GPU),$(comma)cuda13)
+# After `make kernels` there is CUDA without cuDNN, which jax need not report each time.
+ifndef GPU
+export JAX_SKIP_CUDA_CONSTRAINTS_CHECK := 1
+endif
 
 demo: .venv/.run$(cuda)
 	$(python) -m models demo
@@ -22,7 +26,7 @@ lint: .venv/.run,lint
 	.venv/bin/lint-imports
 
 bench: .venv/.run$(cuda)
-	$(python) -m benchmarks run
+	$(python) -m benchmarks$(if $(GPU),.gpu, run)
 
 kernels: .venv/.run,kernels
 	$(python) -m benchmarks.compile

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import pathlib
 from typing import Annotated
 
@@ -11,10 +10,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import measure, report
 from benchmarks import plot as figures
-from benchmarks import report
 from benchmarks.cases import Case, cases
-from benchmarks.measure import provenance, run
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 Names = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
@@ -43,7 +41,9 @@ def time(
       peer: candidates beside attnx, all by default.
       save: keep the results in benchmarks/results.
     """
-    where = provenance()
+    where = measure.provenance()
+    if where["platform"] == "gpu":
+        raise SystemExit("On a GPU other cases are timed: python -m benchmarks.gpu")
     console = Console()
     console.print(", ".join(f"{key} {value}" for key, value in where.items()))
     rows = []
@@ -52,16 +52,17 @@ def time(
             continue
         names = _candidates(each, implementation, peer)
         with console.status(f"{each.op}: {each.name}"):
-            timed = list(run(each, names))
+            timed = list(measure.run(each, names))
         console.print(_table(each, timed))
         rows += [row._asdict() for row in timed]
         if save:
-            _save(where, rows)
+            measure.save(RESULTS / f"{where['platform']}.json", where, rows)
 
 
 def draw() -> None:
     """Write the figures and tables of docs/ from the results in benchmarks/results."""
-    for path in (*figures.draw(RESULTS), report.write(RESULTS)):
+    drawn = list(figures.draw(RESULTS))
+    for path in (*drawn, report.write(RESULTS, drawn)):
         print(path)
 
 
@@ -93,18 +94,6 @@ def _table(case: Case, rows: list) -> Table:
                 ratio,
             )
     return table
-
-
-def _save(where: dict[str, str], rows: list[dict]) -> None:
-    """Keeps a run in its platform's file, rows of other cases and runs left alone."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{where['platform']}.json"
-    runs = json.loads(path.read_text()) if path.exists() else []
-    new = {(row["op"], row["case"]) for row in rows}
-    for old in runs:
-        old["rows"] = [r for r in old["rows"] if (r["op"], r["case"]) not in new]
-    runs = [old for old in runs if old["rows"]]
-    path.write_text(json.dumps([*runs, {**where, "rows": rows}], indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -22,18 +22,24 @@ KERNEL = 13
 
 
 class Case(NamedTuple):
-    """Candidates by name and the arrays that they are given."""
+    """Candidates by name and the arrays that they are given.
+
+    The yardsticks are timed beside them, but compute something else.
+    """
 
     op: str
     name: str
     shapes: tuple[tuple[int, ...], ...]
     candidates: Mapping[str, Callable]
     small: Callable[[], Case] | None
+    dtype: str = "float32"
+    modes: tuple[str, ...] = ("forward", "forward+backward")
+    yardsticks: Mapping[str, Callable] = {}
 
     def arrays(self) -> list[jax.Array]:
         keys = jax.random.split(jax.random.key(0), len(self.shapes))
         arrays = [
-            jax.random.normal(key, shape)
+            jax.random.normal(key, shape, self.dtype)
             for key, shape in zip(keys, self.shapes, strict=True)
         ]
         # The only one-dimensional array there is: one log decay a head.

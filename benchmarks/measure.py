@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
+import pathlib
 import platform
 import statistics
 import subprocess
@@ -16,11 +18,23 @@ import numpy as np
 
 from benchmarks.cases import Case
 
-# Relative root mean square, in float32, of an output or of all gradients.
-ERROR = 1e-5
+# Relative root mean square of an output and of a gradient, against float64.
+ERRORS = {"float32": (1e-5, 1e-5), "bfloat16": (4e-3, 8e-3)}
 SECONDS = 3.0
 # What a quadratic candidate may take of the memory before it is left out.
 MEMORY_BYTES = 18e9
+
+
+def _backward(fn: Callable) -> Callable:
+    def run(*arrays):
+        out, pull = jax.vjp(fn, *arrays)
+        return out, pull(out)
+
+    return run
+
+
+# What is timed of a function.
+MODES = {"forward": lambda fn: fn, "forward+backward": _backward}
 
 
 class Row(NamedTuple):
@@ -40,7 +54,7 @@ def run(case: Case, names: list[str]) -> Iterator[Row]:
     """Times the named candidates in turns, so that a drift of the machine hits all."""
     check(case.small(), names)
     arrays = case.arrays()
-    for mode, wrap in (("forward", _forward), ("forward+backward", _backward)):
+    for mode, wrap in MODES.items():
         compiled, sizes = {}, {}
         for name in names:
             program = jax.jit(wrap(case.candidates[name])).lower(*arrays).compile()
@@ -72,25 +86,20 @@ def check(case: Case, names: list[str]) -> None:
     reference = case.candidates["reference"]
     with jax.enable_x64(True):
         wide = [jnp.asarray(np.asarray(x, np.float64)) for x in arrays]
-        wanted = _with_gradients(reference)(*wide)
+        wanted = _checked(case, reference)(*wide)
     for name in names:
-        got = jax.jit(_with_gradients(case.candidates[name]))(*arrays)
+        got = jax.jit(_checked(case, case.candidates[name]))(*arrays)
         for i, (x, y) in enumerate(zip(got, wanted, strict=True)):
-            _compare(f"{case.name}: {name}, array {i}", x, y)
+            what = f"gradient {i - 1}" if i else "output"
+            bound = ERRORS[case.dtype][min(i, 1)]
+            _compare(f"{case.name}: {name}, {what}", x, y, bound)
 
 
-def provenance() -> dict[str, str]:
-    """Where and with what a result was measured."""
+def provenance(commit: str = "") -> dict[str, str]:
+    """Where and with what a result was measured; git is asked for the commit."""
     device = jax.devices()[0]
-    versions = {
-        name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "attnx")
-    }
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
+    versions = {name: _version(name) for name in ("jax", "jaxlib", "attnx")}
+    commit = commit or _commit()
     kind = device.device_kind
     if device.platform == "cpu":
         kind = _processor()
@@ -99,27 +108,36 @@ def provenance() -> dict[str, str]:
         "device": kind,
         "python": platform.python_version(),
         **versions,
-        "commit": commit or "unknown",
+        "commit": commit,
     }
 
 
-def _forward(fn: Callable) -> Callable:
-    return fn
+def save(path: pathlib.Path, where: dict[str, str], rows: list[dict]) -> None:
+    """Adds rows to a file; they take the place of all earlier ones of their cases."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    runs = json.loads(path.read_text()) if path.exists() else []
+    new = {(row["op"], row["case"]) for row in rows}
+    for run in runs:
+        run["rows"] = [r for r in run["rows"] if (r["op"], r["case"]) not in new]
+    same = [run for run in runs if run == {**where, "rows": run["rows"]}]
+    if same:
+        same[0]["rows"] += rows
+    else:
+        runs.append({**where, "rows": rows})
+    runs = [run for run in runs if run["rows"]]
+    path.write_text(json.dumps(runs, indent=1) + "\n")
 
 
-def _backward(fn: Callable) -> Callable:
+def _checked(case: Case, fn: Callable) -> Callable:
+    """What is compared: the output, and the gradients where they are timed."""
+
     def run(*arrays):
+        if "forward+backward" not in case.modes:
+            return (fn(*arrays),)
         out, pull = jax.vjp(fn, *arrays)
-        return out, pull(out)
-
-    return run
-
-
-def _with_gradients(fn: Callable) -> Callable:
-    def run(*arrays):
-        out, pull = jax.vjp(fn, *arrays)
-        weights = jnp.cos(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape)
-        return out, *pull(weights)
+        # The same numbers for every dtype of `out`.
+        weights = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).astype(case.dtype)
+        return out, *pull(weights.astype(out.dtype).reshape(out.shape))
 
     return run
 
@@ -142,14 +160,31 @@ def _agree(case: Case, mode: str, results: dict[str, object]) -> None:
         for x, y in zip(
             jax.tree.leaves(results[name]), jax.tree.leaves(results[first]), strict=True
         ):
-            _compare(f"{case.name}, {mode}: {name} beside {first}", x, y)
+            what = f"{case.name}, {mode}: {name} beside {first}"
+            _compare(what, x, y, ERRORS[case.dtype][0])
 
 
-def _compare(what: str, got: jax.Array, wanted: jax.Array) -> None:
+def _compare(what: str, got: jax.Array, wanted: jax.Array, bound: float) -> None:
     got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
     error = np.linalg.norm(got - wanted) / np.linalg.norm(wanted)
-    if not error <= ERROR:
-        raise SystemExit(f"{what}: relative error {error:.1e} above {ERROR}: not timed")
+    if not error <= bound:
+        raise ValueError(f"{what}: relative error {error:.1e} above {bound}: not timed")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"  # run from a checkout
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
 
 
 def _processor() -> str:

@@ -9,8 +9,10 @@ from collections.abc import Iterator
 
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from attnx import masks
+from benchmarks import plot_gpu
 
 FIGURES = pathlib.Path(__file__).parents[1] / "docs" / "figures"
 DOCUMENTS = jnp.repeat(jnp.arange(4), jnp.array([14, 22, 9, 19]))
@@ -39,36 +41,47 @@ LINES = {
 
 
 def draw(results: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Draws the masks, and time against length for every platform with results."""
+    """Draws the masks, and what there is for every platform with results."""
     plt.switch_backend("Agg")
     FIGURES.mkdir(parents=True, exist_ok=True)
     yield _masks()
     for path in sorted(results.glob("*.json")):
         runs = json.loads(path.read_text())
-        rows = [row for run in runs for row in run["rows"]]
-        figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-        for ax, mode in zip(axes, ("forward", "forward+backward"), strict=True):
-            for (family, candidate), (label, style) in LINES.items():
-                points = sorted(
-                    (int(length.group(1)), row["milliseconds"])
-                    for row in rows
-                    if row["mode"] == mode and row["candidate"] == candidate
-                    if (length := re.match(rf"{family} T(\d+)", row["case"]))
-                )
-                if points:
-                    ax.plot(*zip(*points, strict=True), style, label=label, ms=4)
-            ax.set(xscale="log", yscale="log", xlabel="tokens", title=mode)
-            ax.set_xticks([1024, 4096, 16384, 65536], ["1K", "4K", "16K", "64K"])
-            ax.minorticks_off()
-            ax.grid(alpha=0.3)
-        axes[0].set_ylabel("milliseconds")
-        axes[0].legend(fontsize=7)
-        device = {run["device"] for run in runs}
-        figure.suptitle(f"{' and '.join(sorted(device))}: 4 heads of 64", fontsize=9)
-        target = FIGURES / f"time-{path.stem}.png"
-        figure.savefig(target, dpi=150)
-        plt.close(figure)
-        yield target
+        # A row without a time says why there is none.
+        rows = [row for run in runs for row in run["rows"] if "milliseconds" in row]
+        device = " and ".join(sorted({run["device"] for run in runs}))
+        drawings = {"time": _lengths}
+        if path.stem == "gpu":
+            drawings = {"time": plot_gpu.bars, "sparsity": plot_gpu.sparsity}
+        for name, drawing in drawings.items():
+            figure = drawing(rows, device)
+            if figure is not None:
+                target = FIGURES / f"{name}-{path.stem}.png"
+                figure.savefig(target, dpi=150)
+                plt.close(figure)
+                yield target
+
+
+def _lengths(rows: list[dict], device: str) -> Figure:
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for ax, mode in zip(axes, ("forward", "forward+backward"), strict=True):
+        for (family, candidate), (label, style) in LINES.items():
+            points = sorted(
+                (int(length.group(1)), row["milliseconds"])
+                for row in rows
+                if row["mode"] == mode and row["candidate"] == candidate
+                if (length := re.match(rf"{family} T(\d+)", row["case"]))
+            )
+            if points:
+                ax.plot(*zip(*points, strict=True), style, label=label, ms=4)
+        ax.set(xscale="log", yscale="log", xlabel="tokens", title=mode)
+        ax.set_xticks([1024, 4096, 16384, 65536], ["1K", "4K", "16K", "64K"])
+        ax.minorticks_off()
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("milliseconds")
+    axes[0].legend(fontsize=7)
+    figure.suptitle(f"{device}: 4 heads of 64", fontsize=9)
+    return figure
 
 
 def _masks() -> pathlib.Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 HEAD = """# Benchmarks
@@ -13,17 +13,31 @@ HEAD = """# Benchmarks
 Medians of one run each, peers in the same run, after a check against the float64
 reference at a small size and of all candidates against each other at the timed one.
 Memory is what XLA plans for temporaries and results. `make bench` measures again;
-`.venv/bin/python -m benchmarks plot` writes this page and the figure.
+`.venv/bin/python -m benchmarks plot` writes this page and the figures.
 
+"""
+CAPTIONS = {
+    "time-gpu": "time beside peers",
+    "sparsity-gpu": "speed-up against the share of blocks visited",
+}
+GPU = """
+Times are those of a call's kernels, as CUPTI reports them, unless marked "host": those
+hold the launches as well. A candidate without a time says why. "copy" reads and writes
+together the bytes that attention must read.
 """
 
 
-def write(results: pathlib.Path) -> pathlib.Path:
-    """Writes the page of all results."""
+def write(results: pathlib.Path, figures: Iterable[pathlib.Path]) -> pathlib.Path:
+    """Writes the page of all results, with those figures that are a platform's."""
     target = DOCS / "benchmarks.md"
+    figures = list(figures)
     parts = [HEAD]
     for path in sorted(results.glob("*.json")):
-        parts.append(f"![time against length](figures/time-{path.stem}.png)\n")
+        for figure in figures:
+            kind, _, platform = figure.stem.partition("-")
+            if platform == path.stem:
+                words = CAPTIONS.get(figure.stem, f"{kind} against length")
+                parts.append(f"![{words}](figures/{figure.name})\n")
         for run in json.loads(path.read_text()):
             parts += _run(run)
     target.write_text("\n".join(parts))
@@ -34,21 +48,32 @@ def _run(run: dict) -> Iterator[str]:
     where = ("python", "jax", "attnx", "commit")
     stack = ", ".join(f"{name} {run[name]}" for name in where)
     yield f"\n## {run['device']}\n\n{stack}\n"
+    on_gpu = run["platform"] == "gpu"
+    if on_gpu:
+        yield GPU
     for op, rows in itertools.groupby(run["rows"], lambda row: row["op"]):
         yield f"### `{op}`\n"
         yield "| case | mode | candidate | ms | of attnx | MB |"
         yield "|---|---|---|--:|--:|--:|"
         rows = list(rows)
-        ours = {
-            (row["case"], row["mode"]): row["milliseconds"]
-            for row in rows
-            if row["candidate"] == "xla"
-        }
+        cases = list(dict.fromkeys(row["case"] for row in rows))
+        rows.sort(key=lambda row: (cases.index(row["case"]), row["mode"]))
+        ours = {}
+        for name in ("xla", "pallas"):  # the last there is
+            for row in rows:
+                if row["candidate"] == name and "milliseconds" in row:
+                    ours[row["case"], row["mode"]] = row["milliseconds"]
         for row in rows:
-            name = "attnx xla" if row["candidate"] == "xla" else row["candidate"]
-            ratio = row["milliseconds"] / ours[row["case"], row["mode"]]
-            yield (
-                f"| {row['case']} | {row['mode']} | {name} "
-                f"| {row['milliseconds']:.1f} | {ratio:.2f}x | {row['megabytes']:.0f} |"
-            )
+            name = row["candidate"]
+            name = f"attnx {name}" if name in ("reference", "xla", "pallas") else name
+            head = f"| {row['case']} | {row['mode']} | {name} "
+            if "error" in row:
+                yield f"{head}| {row['error'].replace('|', ' ')} | | |"
+                continue
+            time = row["milliseconds"]
+            base = ours.get((row["case"], row["mode"]))
+            ratio = f"{time / base:.2f}x" if base else ""
+            clock = " (host)" if on_gpu and row["timer"] == "host" else ""
+            number = f"{time:.3f}" if on_gpu else f"{time:.1f}"
+            yield f"{head}| {number}{clock} | {ratio} | {row['megabytes']:.0f} |"
         yield ""

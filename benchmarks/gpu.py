@@ -1,0 +1,164 @@
+"""Times attnx on a GPU: `python -m benchmarks.gpu --out FILE`. Needs JAX and NumPy.
+
+Every case runs in a process of its own, so that one that hangs or breaks the GPU's
+context costs no other. Rows are saved as they come.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import gpu_cases
+from benchmarks.cases import Case
+from benchmarks.measure import MODES, check, provenance, save
+
+OUT = pathlib.Path(__file__).parent / "results" / "gpu.json"
+# Relative root mean square between candidates at the timed size.
+AGREEMENT = 1e-2
+# A candidate runs for so long, and at most so many times; its results all stay in
+# memory until the last.
+SECONDS, RUNS, BYTES = 2.0, 20, 16e9
+
+
+def main() -> None:
+    """Times the cases and candidates that the arguments name."""
+    parser = argparse.ArgumentParser("python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("--out", type=pathlib.Path, default=OUT)
+    parser.add_argument("--op", default="", help="text in the mechanism's name")
+    parser.add_argument("--case", default="", help="text in the case's name")
+    parser.add_argument("--candidate", action="append", help="one of the candidates")
+    parser.add_argument("--commit", default="", help="by default git is asked")
+    parser.add_argument("--limit", type=float, default=300, help="seconds a case")
+    given = parser.parse_args()
+    spawn = multiprocessing.get_context("spawn")
+    for index, case in enumerate(gpu_cases.cases()):
+        if given.op not in case.op or given.case not in case.name:
+            continue
+        process = spawn.Process(
+            target=run, args=(index, given.candidate, given.out, given.commit)
+        )
+        process.start()
+        process.join(given.limit)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            print(f"{case.name}: stopped after {given.limit:.0f} s", flush=True)
+        elif process.exitcode:
+            print(f"{case.name}: ended with {process.exitcode}", flush=True)
+
+
+def run(
+    index: int, candidates: Sequence[str] | None, out: pathlib.Path, commit: str
+) -> None:
+    """Times the case of this number, saves and prints each row."""
+    case = list(gpu_cases.cases())[index]
+    where = provenance(commit)
+    rows = []
+    for row in measure(case, candidates):
+        rows.append(row)
+        save(out, where, rows)
+        print(line(row), flush=True)
+
+
+def measure(case: Case, candidates: Sequence[str] | None = None) -> Iterator[dict]:
+    """Times the candidates of a case, by default all. One that fails says why."""
+    every = {**case.candidates, **case.yardsticks}
+    candidates = candidates or [name for name in every if name != "reference"]
+    arrays = case.arrays()
+    first: dict[str, tuple[str, object]] = {}
+    for name in (name for name in every if name in candidates):
+        wrong = None
+        try:
+            if name in case.candidates:
+                check(case.small(), [name])
+        except Exception as error:
+            wrong = error
+        for mode in case.modes:
+            row = {"op": case.op, "case": case.name, "candidate": name, "mode": mode}
+            try:
+                if wrong:
+                    raise wrong
+                fn = MODES[mode](every[name])
+                program = jax.jit(fn).lower(*arrays).compile()
+                if name in case.candidates:
+                    result = program(*arrays)
+                    other, wanted = first.setdefault(mode, (name, result))
+                    _agree(other, wanted, result)
+                    del result, wanted
+                row |= timed(program, arrays)
+            except Exception as error:
+                row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            yield row
+
+
+def timed(program: Callable, arrays: Sequence[jax.Array]) -> dict:
+    """What a row says of a compiled program that is right."""
+    start = time.perf_counter()
+    jax.block_until_ready(program(*arrays))
+    seconds = time.perf_counter() - start
+    plan = program.memory_analysis()
+    runs = min(RUNS, SECONDS / seconds, BYTES / plan.output_size_in_bytes)
+    times, timer = milliseconds(program, arrays, max(1, int(runs)))
+    return {
+        "milliseconds": statistics.median(times),
+        "fastest": min(times),
+        "runs": len(times),
+        "megabytes": (plan.temp_size_in_bytes + plan.output_size_in_bytes) / 1e6,
+        "timer": timer,
+    }
+
+
+def milliseconds(
+    program: Callable, arrays: Sequence[jax.Array], runs: int
+) -> tuple[list[float], str]:
+    """Times a compiled program: in its kernels by CUPTI, else by the host's clock."""
+    if jax.devices()[0].platform == "gpu":
+        try:
+            from jax.experimental.mosaic.gpu import profiler
+
+            _, times = profiler.measure(program, iterations=runs)(*arrays)
+            if times:
+                return (times if runs > 1 else [times]), "cupti"
+        except (ImportError, RuntimeError):
+            pass  # No CUPTI, or calls that do not all launch the same kernels.
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        for _ in range(runs):
+            out = program(*arrays)
+        jax.block_until_ready(out)
+        times.append(1e3 * (time.perf_counter() - start) / runs)
+    return times, "host"
+
+
+def line(row: dict) -> str:
+    """One row for the terminal."""
+    head = f"{row['case']:42} {row['candidate']:12} {row['mode']:17}"
+    if "error" in row:
+        return f"{head} {row['error']}"
+    return f"{head} {row['milliseconds']:9.3f} ms  {row['runs']} by {row['timer']}"
+
+
+@jax.jit
+def _distance(got: jax.Array, wanted: jax.Array) -> jax.Array:
+    got, wanted = got.astype(jnp.float32), wanted.astype(jnp.float32)
+    return jnp.linalg.norm(got - wanted) / jnp.linalg.norm(wanted)
+
+
+def _agree(other: str, wanted: object, got: object) -> None:
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        error = float(_distance(x, y))
+        if not error <= AGREEMENT:
+            raise ValueError(f"relative error {error:.1e} beside {other}: not timed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""What is timed on a GPU, in bfloat16. Needs JAX and NumPy alone."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import attnx
+from benchmarks.cases import Case
+
+BLOCK = 128
+
+
+def cases() -> Iterator[Case]:
+    """Every case. Makes no array, so that no GPU is taken by listing them."""
+    for heads, kv_heads, size in ((16, 16, 128), (32, 32, 64), (16, 4, 128)):
+        yield dense("dense", 4, 4096, heads, kv_heads, size)
+        yield dense("causal", 1, 16384, heads, kv_heads, size)
+    yield dense("window 1024", 1, 16384, 16, 16, 128, left=1024)
+    yield neighborhood(1, (256, 256), (80, 80), (1, 1), 24, 128)
+    yield neighborhood(1, (256, 256), (80, 80), (16, 16), 24, 128)
+    yield neighborhood(1, (30, 48, 80), (18, 24, 24), (1, 1, 1), 24, 128)
+    yield neighborhood(1, (30, 48, 80), (18, 24, 24), (16, 8, 8), 24, 128)
+    yield neighborhood(64, (56, 56), (7, 7), (1, 1), 12, 32)
+    for percent in (5, 10, 25, 50):
+        yield blocks(percent, 1, 32768, 16, 128)
+    yield decode(32, 32768, 32, 8, 128)
+
+
+def dense(
+    kind: str,
+    batch: int,
+    length: int,
+    heads: int,
+    kv_heads: int,
+    size: int,
+    *,
+    left: int = 0,
+) -> Case:
+    """Attention to all tokens, to the earlier ones, or to the last `left`."""
+    options = {"is_causal": kind != "dense"}
+    if left:
+        options["local_window_size"] = (left - 1, 0)
+    of_keys = "" if kv_heads == heads else f" K{kv_heads}"
+    small = functools.partial(
+        dense, kind, 2, 512, heads, kv_heads, size, left=min(left, 100)
+    )
+    return Case(
+        "dot_product_attention",
+        f"{kind} B{batch} T{length} N{heads}{of_keys} H{size}",
+        ((batch, length, heads, size), *((batch, length, kv_heads, size),) * 2),
+        {"cudnn": _cudnn(**options), **_ours(attnx.dot_product_attention, **options)},
+        small,
+        "bfloat16",
+    )
+
+
+def neighborhood(
+    batch: int,
+    space: tuple[int, ...],
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    heads: int,
+    size: int,
+) -> Case:
+    """Neighborhood attention over an image or a volume."""
+    options = {"kernel_size": kernel, "stride": stride}
+    strided = f" stride {_by(stride)}" if max(stride) > 1 else ""
+    fewer = ((32, 32), (10, 10)) if len(space) == 2 else ((8, 12, 16), (5, 6, 6))
+    small = functools.partial(
+        neighborhood, 1, *fewer, tuple(min(s, 4) for s in stride), 2, size
+    )
+    return Case(
+        "neighborhood_attention",
+        f"{_by(space)} kernel {_by(kernel)}{strided} B{batch} N{heads} H{size}",
+        ((batch, *space, heads, size),) * 3,
+        _ours(attnx.neighborhood_attention, **options),
+        small,
+        "bfloat16",
+    )
+
+
+def blocks(percent: int, batch: int, length: int, heads: int, size: int) -> Case:
+    """Attention to a random share of all blocks, beside attention to all of them."""
+
+    def chosen() -> attnx.BlockMask:
+        count = length // BLOCK
+        tiles = np.random.default_rng(0).random((count, count)) < percent / 100
+        tiles[~tiles.any(1), 0] = True  # at least one block a row
+        return attnx.BlockMask.from_tiles(
+            tiles, length, length, block_size=(BLOCK, BLOCK)
+        )
+
+    def attention(query, key, value, implementation):
+        return attnx.block_sparse_attention(
+            query, key, value, chosen(), implementation=implementation
+        )
+
+    return Case(
+        "block_sparse_attention",
+        f"blocks {percent}% B{batch} T{length} N{heads} H{size}",
+        ((batch, length, heads, size),) * 3,
+        _ours(attention),
+        functools.partial(blocks, percent, 1, 1024, 2, size),
+        "bfloat16",
+        yardsticks={"dense cudnn": _cudnn()},
+    )
+
+
+def decode(batch: int, length: int, heads: int, kv_heads: int, size: int) -> Case:
+    """Attention of one new token a sequence to a full cache, beside a copy."""
+
+    def attention(query, key, value, implementation):
+        # Hidden from XLA, which would otherwise prepare the lists at compile time.
+        lengths = jax.lax.optimization_barrier(jnp.full(batch, length))
+        return attnx.decode_attention(
+            query, key, value, lengths, implementation=implementation
+        )
+
+    def copy(query, key, value):
+        # As many bytes read and written as attention reads; changed, because XLA
+        # leaves a plain copy to the driver, where no kernel shows.
+        return -key
+
+    return Case(
+        "decode_attention",
+        f"decode B{batch} S{length} N{heads} K{kv_heads} H{size}",
+        ((batch, 1, heads, size), *((batch, length, kv_heads, size),) * 2),
+        {
+            "cudnn": _cudnn(),
+            "jax.nn": jax.nn.dot_product_attention,
+            **_ours(attention),
+        },
+        functools.partial(decode, 2, 1024, heads, kv_heads, size),
+        "bfloat16",
+        ("forward",),
+        {"copy": copy},
+    )
+
+
+def _ours(fn: Callable, **options) -> dict[str, Callable]:
+    return {
+        name: functools.partial(fn, implementation=name, **options)
+        for name in ("reference", "xla", "pallas")
+    }
+
+
+def _cudnn(**options) -> Callable:
+    return functools.partial(
+        jax.nn.dot_product_attention, implementation="cudnn", **options
+    )
+
+
+def _by(numbers: tuple[int, ...]) -> str:
+    return "x".join(map(str, numbers))

@@ -1,0 +1,80 @@
+"""The figures of a GPU's results."""
+
+from __future__ import annotations
+
+import re
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+MODES = ("forward", "forward+backward")
+# Candidates from the top bar down: label and color. The yardsticks are left out.
+STYLES = {
+    "pallas": ("attnx pallas", "C0"),
+    "xla": ("attnx xla", "C9"),
+    "cudnn": ("jax.nn, cuDNN", "C7"),
+    "jax.nn": ("jax.nn, XLA", "C1"),
+}
+
+
+def bars(rows: list[dict], device: str) -> Figure | None:
+    """Time of every case beside its peers."""
+    rows = [row for row in rows if row["candidate"] in STYLES]
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    if not cases:
+        return None
+    figure, axes = plt.subplots(
+        1, 2, figsize=(11, 1.5 + 0.4 * len(cases)), sharey=True, layout="constrained"
+    )
+    height = 0.8 / len(STYLES)
+    for ax, mode in zip(axes, MODES, strict=True):
+        for i, (candidate, (label, color)) in enumerate(STYLES.items()):
+            times = {
+                row["case"]: row["milliseconds"]
+                for row in rows
+                if row["mode"] == mode and row["candidate"] == candidate
+            }
+            places = [cases.index(case) + (i - 1.5) * height for case in times]
+            ax.barh(places, times.values(), height, label=label, color=color)
+        ax.set(xscale="log", xlabel="milliseconds", title=mode)
+        ax.grid(alpha=0.3, axis="x")
+    axes[0].set_yticks(range(len(cases)), cases, fontsize=7)
+    axes[0].invert_yaxis()
+    axes[0].legend(fontsize=7)
+    figure.suptitle(f"{device}, bfloat16", fontsize=9)
+    return figure
+
+
+def sparsity(rows: list[dict], device: str) -> Figure | None:
+    """Speed-up over dense attention by cuDNN against the share of blocks visited."""
+    percent = {row["case"]: re.match(r"blocks (\d+)%", row["case"]) for row in rows}
+    times = {
+        (row["candidate"], row["mode"], int(found.group(1))): row["milliseconds"]
+        for row in rows
+        if (found := percent[row["case"]])
+    }
+    dense = {key[1:]: time for key, time in times.items() if key[0] == "dense cudnn"}
+    if not dense:
+        return None
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
+    for ax, mode in zip(axes, MODES, strict=True):
+        for candidate in ("pallas", "xla"):
+            points = sorted(
+                (each, dense[mode, each] / time)
+                for (name, of, each), time in times.items()
+                if name == candidate and of == mode and (mode, each) in dense
+            )
+            if points:
+                label, color = STYLES[candidate]
+                ax.plot(*zip(*points, strict=True), "o-", color=color, label=label)
+        shares = sorted({each for _, each in dense})
+        ideal = [100 / each for each in shares]
+        ax.plot(shares, ideal, "k--", lw=1, label="work skipped, no cost")
+        ax.set(xscale="log", yscale="log", xlabel="% of the blocks visited", title=mode)
+        ax.set_xticks(shares, map(str, shares))
+        ax.minorticks_off()
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("times as fast as dense cuDNN")
+    axes[0].legend(fontsize=7)
+    figure.suptitle(f"{device}: random blocks of 128x128, bfloat16", fontsize=9)
+    return figure
