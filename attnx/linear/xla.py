@@ -82,37 +82,46 @@ def _scan(chunk_size, reverse, normalize, tokens, state, weights, scale):
 
 
 def _scan_fwd(chunk_size, reverse, normalize, tokens, state, weights, scale):
-    split = functools.partial(_split, chunk_size, reverse, state.dtype)
+    whole = jax.tree.map(functools.partial(_split, chunk_size, reverse), tokens)
+    query, _, value, _ = whole
+    # Made from the query, so as to be laid out over devices as it is.
+    out = jnp.zeros_like(query[..., :1], state.dtype)
+    out = jnp.broadcast_to(out, (*query.shape[:-1], value.shape[-1]))
 
-    def step(state, chunk):
-        after, out = _chunk(normalize, state, chunk, weights, scale)
-        return after, (out, state)
+    def step(carry, _):
+        i, state, out = carry
+        chunk = _take(whole, i, reverse, state.dtype)
+        after, chunk = _chunk(normalize, state, chunk, weights, scale)
+        return (i + 1, after, _put(out, i, reverse, chunk)), state
 
-    last, (out, states) = jax.lax.scan(step, state, jax.tree.map(split, tokens))
-    out = _join(out, tokens[0], reverse)
-    return (out, last), (tokens, states, weights, scale)
+    carry, states = jax.lax.scan(step, (0, state, out), length=query.shape[1])
+    _, last, out = carry
+    return (_join(out, tokens[0], reverse), last), (tokens, states, weights, scale)
 
 
 def _scan_bwd(chunk_size, reverse, normalize, residuals, cotangents):
     tokens, states, weights, scale = residuals
     d_out, d_state = cotangents
-    split = functools.partial(_split, chunk_size, reverse, states.dtype)
+    split = functools.partial(_split, chunk_size, reverse)
+    whole, d_out = jax.tree.map(split, (tokens, d_out))
 
-    def step(carry, inputs):
-        d_state, d_shared = carry
-        chunk, state, d_out = inputs
+    def step(carry, state):
+        i, d_state, d_tokens, d_shared = carry
+        chunk, d_chunk = _take((whole, d_out), i, reverse, state.dtype)
         _, vjp = jax.vjp(
             functools.partial(_chunk, normalize), state, chunk, weights, scale
         )
-        d_state, d_chunk, *more = vjp((d_state, d_out))
-        return (d_state, jax.tree.map(jnp.add, d_shared, more)), d_chunk
+        d_state, d_chunk, *more = vjp((d_state, d_chunk))
+        d_tokens = _put(d_tokens, i, reverse, d_chunk)
+        return (i - 1, d_state, d_tokens, jax.tree.map(jnp.add, d_shared, more)), None
 
-    carry = d_state, jax.tree.map(jnp.zeros_like, [weights, scale])
-    inputs = jax.tree.map(split, tokens), states, split(d_out)
-    carry, d_chunks = jax.lax.scan(step, carry, inputs, reverse=True)
-    d_state, d_shared = carry
+    zeros = functools.partial(jnp.zeros_like, dtype=states.dtype)
+    d_tokens, d_shared = jax.tree.map(zeros, (whole, [weights, scale]))
+    carry = states.shape[0] - 1, d_state, d_tokens, d_shared
+    carry, _ = jax.lax.scan(step, carry, states, reverse=True)
+    _, d_state, d_tokens, d_shared = carry
     join = functools.partial(_join, reverse=reverse)
-    return jax.tree.map(join, d_chunks, tokens), d_state, *d_shared
+    return jax.tree.map(join, d_tokens, tokens), d_state, *d_shared
 
 
 _scan.defvjp(_scan_fwd, _scan_bwd)
@@ -237,24 +246,49 @@ def _unpair(left: jax.Array, right: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:-4], -1, x.shape[-1])
 
 
-def _split(chunk_size: int, reverse: bool, dtype, x: jax.Array) -> jax.Array:
-    """`[B, T, ...]` to `[T / C, B, C, ...]` in the order of processing.
+def _split(chunk_size: int, reverse: bool, x: jax.Array) -> jax.Array:
+    """`[B, T, ...]` to `[B, T / C, C, ...]`, which copies nothing if C divides T.
 
-    The first chunk is filled up in front with zeros: keys that add nothing, no decay.
-    All that a scan slices is float32, or wider: where XLA for CPU updates a slice of a
-    bfloat16 array, it converts the whole array, once a chunk.
+    Else the first chunk is filled up with zeros: keys that add nothing, no decay.
     """
-    x = x.astype(dtype)
-    if reverse:
-        x = jnp.flip(x, axis=1)
-    fill = -x.shape[1] % chunk_size
-    x = jnp.pad(x, [(0, 0), (fill, 0)] + [(0, 0)] * (x.ndim - 2))
-    x = x.reshape(x.shape[0], -1, chunk_size, *x.shape[2:])
-    return jnp.moveaxis(x, 1, 0)
+    if fill := -x.shape[1] % chunk_size:
+        width = (0, fill) if reverse else (fill, 0)
+        x = jnp.pad(x, [(0, 0), width] + [(0, 0)] * (x.ndim - 2))
+    return x.reshape(x.shape[0], -1, chunk_size, *x.shape[2:])
 
 
 def _join(x: jax.Array, like: jax.Array, reverse: bool) -> jax.Array:
     """`_split` undone: as many tokens as `like` has, and of its dtype."""
-    x = jnp.moveaxis(x, 0, 1)
-    x = x.reshape(x.shape[0], -1, *x.shape[3:])[:, -like.shape[1] :]
-    return (jnp.flip(x, axis=1) if reverse else x).astype(like.dtype)
+    length = like.shape[1]
+    x = x.reshape(x.shape[0], -1, *x.shape[3:])
+    return (x[:, :length] if reverse else x[:, -length:]).astype(like.dtype)
+
+
+def _take(tree, i: jax.Array, reverse: bool, dtype):
+    """The i-th chunk of each array, `[B, C, ...]`, all in the order of processing.
+
+    Chunks are taken and put where they are: to bring whole arrays into another order
+    or dtype first makes long sequences slower by the token than short ones.
+    """
+
+    def take(x):
+        at = x.shape[1] - 1 - i if reverse else i
+        x = jax.lax.dynamic_index_in_dim(x, at, axis=1, keepdims=False)
+        return (jnp.flip(x, axis=1) if reverse else x).astype(dtype)
+
+    return jax.tree.map(take, tree)
+
+
+def _put(tree, i: jax.Array, reverse: bool, chunks):
+    """The arrays with chunks put where `_take` would find them.
+
+    They are float32, or wider: where XLA for CPU updates a slice of a bfloat16 array,
+    it converts the whole array, once a chunk.
+    """
+
+    def put(x, chunk):
+        at = x.shape[1] - 1 - i if reverse else i
+        chunk = jnp.flip(chunk, axis=1) if reverse else chunk
+        return jax.lax.dynamic_update_index_in_dim(x, chunk, at, axis=1)
+
+    return jax.tree.map(put, tree, chunks)
