@@ -59,6 +59,7 @@ gpu_device_info {
   registers_per_block_limit: 65536
 }
 """
+SIZES = (64, 128, 256)
 
 
 class Kernel(NamedTuple):
@@ -95,7 +96,7 @@ def compile_for_h100(fn: Callable, *structs) -> list[Kernel]:
 
 def cases() -> Iterator[tuple[str, Callable, tuple]]:
     """Every variant of the kernels: name, function and arguments."""
-    for size in (64, 128, 256):
+    for size in SIZES:
         tokens, grouped = _bfloat16(2, 4096, 8, size), _bfloat16(2, 4096, 2, size)
         space, volume = _bfloat16(2, 64, 64, 8, size), _bfloat16(2, 16, 32, 32, 8, size)
         dense = functools.partial(attnx.dot_product_attention, implementation="pallas")
