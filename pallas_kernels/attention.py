@@ -62,12 +62,14 @@ def attention(
     scale: float,
     key_tile: int,
     stages: int,
+    warpgroups: int = 2,
 ) -> tuple[jax.Array, jax.Array]:
     """Attends each query block to the key blocks that it lists.
 
     Args:
-      query: `[B, T, N, H]`, T a multiple of 128 and of `masking.query_block`.
-      key: `[B, S, K, H]`, S a multiple of `masking.key_block`.
+      query: `[B, T, N, H]`, T a multiple of `masking.query_block`, that of 64 for each
+        warpgroup.
+      key: `[B, S, K, H]`, S a multiple of 8; a ragged last block must be partial.
       value: `[B, S, K, V]`.
       lists: the key blocks of each query block.
       looked_up: the arrays of `predicate.trace`.
@@ -75,6 +77,7 @@ def attention(
       scale: positive factor on the scores.
       key_tile: keys of one step, a divisor of `masking.key_block`.
       stages: key and value tiles in flight.
+      warpgroups: 1 or 2, of 64 queries each, that share the keys.
 
     Returns:
       The output `[B, T, N, V]` and the log-sum-exp in base 2, float32 `[B, N, T]`.
@@ -83,8 +86,9 @@ def attention(
     value_size = value.shape[-1]
     group = heads // key.shape[2]
     dtype = query.dtype
-    tile = 2 * ROWS
+    tile = warpgroups * ROWS
     shape = (ROWS, key_tile)
+    taking_turns = warpgroups == 2
     split = masking.key_block // key_tile
     log2_scale = scale * LOG2E
 
@@ -108,13 +112,22 @@ def attention(
             return block, lax.rem(j, jnp.int32(split)) * key_tile
 
         def consume():
-            plgpu.set_max_registers(240, action="increase")
+            if taking_turns:
+                plgpu.set_max_registers(240, action="increase")
             first_row = wg * ROWS
             q, lse = q_s.at[pl.ds(first_row, ROWS)], lse_s.at[wg]
             if masking.predicate is not None:
                 sees = Sees(
                     masking.predicate, looked_up_g, (b, h), (start, first_row), shape
                 )
+
+            def wait_turn():
+                if taking_turns:
+                    mosaic.named_barrier("sync", TURN + wg, 256)
+
+            def give_turn(to):
+                if taking_turns:
+                    mosaic.named_barrier("arrive", TURN + to, 256)
 
             def update(j, scores, m, l, masked):
                 if masked:
@@ -141,7 +154,7 @@ def attention(
                 before = lax.rem(j - 1, jnp.int32(stages))
                 plgpu.barrier_wait(k_full.at[slot])
                 plgpu.barrier_wait(v_full.at[before])
-                mosaic.named_barrier("sync", TURN + wg, 256)
+                wait_turn()
 
                 def meanwhile(scores):
                     plgpu.barrier_arrive(k_free.at[slot])
@@ -150,7 +163,7 @@ def attention(
                 acc, (m, l, alpha, p) = mosaic.overlapped(
                     (q, k_s.at[slot]),
                     (acc, p, v_s.at[before]),
-                    issued=lambda: mosaic.named_barrier("arrive", TURN + 1 - wg, 256),
+                    issued=lambda: give_turn(1 - wg),
                     meanwhile=meanwhile,
                 )
                 plgpu.barrier_arrive(v_free.at[before])
@@ -164,7 +177,7 @@ def attention(
                 plgpu.barrier_arrive(v_free.at[slot])
                 return acc
 
-            pl.when(wg == 1)(lambda: mosaic.named_barrier("arrive", TURN, 256))
+            pl.when(wg == 1)(lambda: give_turn(0))
             vector = functools.partial(mosaic.full, (ROWS,), layout=ROW)
             carry = (
                 mosaic.full((ROWS, value_size), 0.0, TILE),
@@ -207,7 +220,8 @@ def attention(
             plgpu.wait_smem_to_gmem(0)
 
         def produce():
-            plgpu.set_max_registers(24, action="decrease")
+            if taking_turns:
+                plgpu.set_max_registers(24, action="decrease")
 
             @mosaic.by_one_warp
             def _():
@@ -234,8 +248,8 @@ def attention(
                     plgpu.barrier_wait(k_free.at[slot])
                     plgpu.barrier_wait(v_free.at[slot])
 
-        pl.when(wg < 2)(consume)
-        pl.when(wg == 2)(produce)
+        pl.when(wg < warpgroups)(consume)
+        pl.when(wg == warpgroups)(produce)
 
     slots = functools.partial(plgpu.Barrier, num_barriers=stages)
     alone = head_size == value_size
@@ -251,16 +265,16 @@ def attention(
             mosaic.tiled((stages, key_tile, head_size), dtype),
             mosaic.tiled((stages, key_tile, value_size), dtype),
             None if alone else mosaic.tiled((tile, value_size), dtype),
-            plgpu.SMEM((2, ROWS), jnp.float32),
+            plgpu.SMEM((warpgroups, ROWS), jnp.float32),
             plgpu.Barrier(),
             slots(),
             slots(),
-            slots(num_arrivals=2),
-            slots(num_arrivals=2),
+            slots(num_arrivals=warpgroups),
+            slots(num_arrivals=warpgroups),
         ],
         grid=(heads, query_len // tile, batch),
         grid_names=("h", "q", "b"),
-        num_threads=3,
+        num_threads=warpgroups + 1,
         thread_name="wg",
     )
 

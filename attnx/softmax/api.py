@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 
@@ -15,13 +14,10 @@ from attnx.softmax.engine import attend, check_arrays
 from attnx.softmax.mask import Mask
 from attnx.softmax.masks import Causal, Dense, Full, Lengths, Window
 from attnx.softmax.merge import merge_attention
-from attnx.softmax.neighborhood import (
-    Neighborhood,
-    choose_tile,
-    from_tiles,
-    to_tiles,
-    windows,
-)
+from attnx.softmax.pallas import BLOCK
+from attnx.softmax.neighborhood import Neighborhood, choose_tile, windows
+from attnx.softmax.simulate import best_tile
+from attnx.softmax.tile_order import TileOrder
 
 
 def dot_product_attention(
@@ -250,27 +246,23 @@ def neighborhood_attention(
         scale=scale,
         implementation=implementation,
     )
-    if implementation == "reference":
-        out, lse = run(flat(query), flat(key), flat(value), mask=mask)
-        out, lse = (x.reshape(*query.shape[:-1], *x.shape[3:]) for x in (out, lse))
-    else:
-        # In tile order a block of the score matrix is a box against a box.
-        tile = choose_tile(axes)
-        tiled = [to_tiles(x, axes, tile) for x in (query, key, value)]
-        mask = dataclasses.replace(mask, tile=tile)
-        lists = functools.partial(
-            BlockMask.from_mask,
-            mask,
-            *(tiled[0].shape[1],) * 2,
-            block_size=(math.prod(tile),) * 2,
-        )
-        out, lse = run(*tiled, mask=mask, lists=lists)
-        out, lse = (from_tiles(x, axes, tile) for x in (out, lse))
+    # In tile order a block of the score matrix is a box against a box.
+    orders = {
+        "xla": TileOrder(axes, choose_tile(axes)),
+        "pallas": TileOrder(axes, _whole_block(best_tile(axes))),
+    }
+    out, lse = run(flat(query), flat(key), flat(value), mask=mask, orders=orders)
+    out, lse = (x.reshape(*query.shape[:-1], *x.shape[3:]) for x in (out, lse))
     if extra is not None:
         more, more_lse = run(flat(query), *extra, mask=Full())
         more = more.reshape(out.shape)
         out, lse = merge_attention((out, more), (lse, more_lse.reshape(lse.shape)))
     return (out, lse) if return_residual else out
+
+
+def _whole_block(tile):
+    """A tile as large as the kernel's block, filled up with padding if need be."""
+    return *tile[:-1], tile[-1] * (BLOCK // math.prod(tile))
 
 
 def _extra(extra_key, extra_value, key, value):

@@ -115,7 +115,7 @@ class BlockMask:
                 # Only the predicate's path looks at where the keys end.
                 last = jnp.minimum(tiles[..., -1], PARTIAL)
                 tiles = tiles.at[..., -1].set(last)
-            indices, counts, partial_counts = _compact(tiles)
+            indices, counts, partial_counts = compact(tiles)
             if not is_traced(counts):
                 indices = indices[..., : max(1, int(counts.max()))]
         return cls(
@@ -176,6 +176,28 @@ class BlockMask:
         return (tiles == FULL) | ((tiles == PARTIAL) & seen)
 
 
+def transpose(lists: BlockMask) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The lists of query blocks that visit each key block, partial ones first.
+
+    Returns:
+      Indices `[B or 1, N or K or 1, nk, nq]`, counts and partial counts.
+    """
+    with _eager_if_known(lists):
+        blocks = _grid(lists.query_len, lists.key_len, lists.block_size)[1]
+        slot = jnp.arange(lists.indices.shape[-1])
+        state = jnp.where(slot < lists.partial_counts[..., None], PARTIAL, FULL)
+        index = jnp.where(slot < lists.counts[..., None], lists.indices, blocks)
+        rows = index.reshape(-1, index.shape[-1])
+        row = jnp.arange(rows.shape[0])[:, None]
+        tiles = jnp.zeros((rows.shape[0], blocks), jnp.int32)
+        tiles = tiles.at[row, rows].set(state.reshape(rows.shape), mode="drop")
+        tiles = tiles.reshape(*index.shape[:-1], blocks)
+        indices, counts, partial_counts = compact(jnp.swapaxes(tiles, -1, -2))
+        if not is_traced(counts):
+            indices = indices[..., : max(1, int(counts.max()))]
+    return indices, counts, partial_counts
+
+
 @functools.partial(jax.jit, static_argnums=range(1, 6))
 def _classify(mask, query_len, key_len, block_size, batch, heads):
     """The map of blocks that a mask makes."""
@@ -187,7 +209,7 @@ def _classify(mask, query_len, key_len, block_size, batch, heads):
 
 
 @jax.jit
-def _compact(tiles):
+def compact(tiles):
     """Lists the blocks of each row of a map, partial ones first, by counting."""
     blocks = tiles.shape[-1]
     partial, full = tiles == PARTIAL, tiles == FULL

@@ -99,5 +99,6 @@ def decode_attention(
         scale=scale,
         implementation=implementation,
         lists=lists,
+        decodes=True,
     )
     return (out, lse) if return_residual else out

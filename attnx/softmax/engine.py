@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,10 @@ from jax.typing import ArrayLike
 
 from attnx._checks import expect, expect_float, expect_shape
 from attnx._dispatch import dispatch
-from attnx.softmax import reference, xla
+from attnx.softmax import pallas, pallas_decode, reference, xla
 from attnx.softmax.block_mask import BlockMask
 from attnx.softmax.mask import Mask
+from attnx.softmax.tile_order import TileOrder
 
 
 def attend(
@@ -27,6 +28,8 @@ def attend(
     scale: float | jax.Array | None,
     implementation: str | None,
     lists: Callable[[], BlockMask] | None = None,
+    orders: Mapping[str, TileOrder] | None = None,
+    decodes: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs the engine on checked arrays: what every softmax mechanism comes to.
 
@@ -40,6 +43,9 @@ def attend(
       scale: factor on the scores; None for `H ** -0.5`.
       implementation: a name or None.
       lists: makes the block lists of `mask` where the usual ones would not do.
+      orders: the order of tokens that an implementation wants, by name, if not as they
+        come.
+      decodes: few queries and a `Mask`; the GPU has a way of its own for these.
 
     Returns:
       The output `[B, T, N, V]` and the log-sum-exp `[B, T, N]`.
@@ -54,7 +60,7 @@ def attend(
         # A traced scale has a gradient, which the query's gives.
         query, scale = query * jnp.asarray(scale, query.dtype), 1.0
 
-    def block_mask():
+    def block_mask(block_size):
         if isinstance(mask, BlockMask):
             return mask
         if lists is not None:
@@ -63,10 +69,39 @@ def attend(
             mask,
             query_len,
             key_len,
-            block_size=(min(256, query_len), min(128, key_len)),
+            block_size=block_size,
             batch=batch,
             heads=heads,
         )
+
+    def by_xla(query, key, value, bias):
+        if orders is not None:
+            order = orders["xla"]
+            run = functools.partial(xla.attention, bias=None, scale=float(scale))
+            return order.through(run, query, key, value, block_mask=order.lists())
+        sizes = (min(256, query_len), min(128, key_len))
+        return xla.attention(
+            query, key, value, bias, block_mask=block_mask(sizes), scale=float(scale)
+        )
+
+    def by_pallas(query, key, value, bias):
+        if decodes:
+            return pallas_decode.attention(
+                query, key, value, mask=mask, scale=float(scale)
+            )
+        run = functools.partial(pallas.attention, scale=float(scale))
+        if orders is not None:
+            order = orders["pallas"]
+            return order.through(
+                run,
+                query,
+                key,
+                value,
+                block_mask=order.lists(),
+                transposed=order.transposed,
+            )
+        blocks = block_mask((pallas.BLOCK, pallas.BLOCK))
+        return run(query, key, value, block_mask=blocks)
 
     return dispatch(
         mechanism,
@@ -75,11 +110,14 @@ def attend(
             "reference": functools.partial(
                 reference.attention, mask=mask, scale=float(scale)
             ),
-            "xla": lambda *arrays: xla.attention(
-                *arrays, block_mask=block_mask(), scale=float(scale)
-            ),
+            "xla": by_xla,
+            "pallas": by_pallas,
         },
-        unsupported,
+        functools.partial(
+            unsupported,
+            mask=orders["pallas"].mask if orders else mask,
+            decodes=decodes,
+        ),
         query,
         key,
         value,
@@ -93,9 +131,16 @@ def unsupported(
     key: jax.Array,
     value: jax.Array,
     bias: jax.Array | None,
+    mask: Mask | BlockMask,
+    decodes: bool = False,
 ) -> str | None:
     """Why an implementation cannot serve a call, or None: the truth about support."""
-    return None
+    if implementation != "pallas":
+        return None
+    reason = pallas.unsupported(query, key, value, bias, mask)
+    if reason is None and decodes:
+        return pallas_decode.unsupported(query, key)
+    return reason
 
 
 def check_arrays(

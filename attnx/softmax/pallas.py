@@ -1,0 +1,166 @@
+"""Softmax attention over block lists by the GPU kernels of `pallas_kernels`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from attnx.softmax.block_mask import BlockMask, transpose
+from attnx.softmax.mask import Mask
+from attnx.softmax.masks import Full
+from pallas_kernels.attention import LOG2E, Lists, Masking
+from pallas_kernels.attention import attention as attention_kernel
+from pallas_kernels.attention_grad import attention_grad as grad_kernel
+from pallas_kernels.predicate import Untraceable, trace
+
+BLOCK = 128
+HEAD_SIZES = (32, 64, 96, 128)
+
+
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    block_mask: BlockMask,
+    scale: float,
+    transposed: Callable[[], Lists] | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Attends over the listed blocks, as `reference.attention` over its mask.
+
+    `transposed` makes the lists of queries for each key block where there is a better
+    way than from `block_mask`.
+    """
+    batch, query_len, heads, _ = query.shape
+    key_len = key.shape[1]
+    if scale <= 0:  # The kernels take a row's peak from unscaled scores.
+        query, scale = query * jnp.asarray(scale, query.dtype), 1.0
+    block = block_mask.block_size
+    query_pad, key_pad = -query_len % block[0], -key_len % block[1]
+    predicate, looked_up = None, []
+    if key_pad or not isinstance(block_mask.mask, Full):
+        predicate, looked_up = trace(
+            _predicate(block_mask.mask, key_len, block[1]),
+            batch,
+            heads,
+            query_len + query_pad,
+            key_len + key_pad,
+        )
+    call = _Call(Masking(*block, predicate), scale, transposed, block_mask)
+    padded = (_pad(query, query_pad), _pad(key, key_pad), _pad(value, key_pad))
+    lists = Lists(block_mask.indices, block_mask.counts, block_mask.partial_counts)
+    out, lse = _attention(call, *padded, lists, looked_up)
+    return out[:, :query_len], lse[:, :query_len]
+
+
+def unsupported(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None,
+    mask: Mask | BlockMask,
+) -> str | None:
+    """Why the kernels cannot serve a call, or None."""
+    if query.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"the kernel takes bfloat16 and float16, not {query.dtype}"
+    for size in (query.shape[-1], value.shape[-1]):
+        if size not in HEAD_SIZES:
+            return f"the kernel takes head sizes {HEAD_SIZES}, not {size}"
+    if bias is not None:
+        return "the kernel takes no bias"
+    if isinstance(mask, BlockMask):
+        if any(size % BLOCK for size in mask.block_size):
+            return f"the kernel takes blocks of multiples of {BLOCK}"
+        mask = mask.mask
+    try:
+        lengths = query.shape[1], key.shape[1]
+        fn = _predicate(mask, lengths[1], BLOCK)
+        jax.eval_shape(lambda: trace(fn, query.shape[0], query.shape[2], *lengths)[1])
+    except Untraceable as why:
+        return str(why)
+    if jax.default_backend() == "gpu":
+        found = getattr(jax.devices()[0], "compute_capability", "9.0")
+        if str(found) != "9.0":
+            return f"the kernel is for compute capability 9.0, not {found}"
+    return None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Call:
+    """What of a call is not an array."""
+
+    masking: Masking
+    scale: float
+    transposed: Callable[[], Lists] | None
+    block_mask: BlockMask
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(call, query, key, value, lists, looked_up):
+    return _forward(call, query, key, value, lists, looked_up)[0]
+
+
+def _forward(call, query, key, value, lists, looked_up):
+    size = max(query.shape[-1], value.shape[-1])
+    out, lse = attention_kernel(
+        query,
+        key,
+        value,
+        lists,
+        looked_up,
+        call.masking,
+        scale=call.scale,
+        key_tile=BLOCK,
+        stages=2 if size > 64 else 3,
+    )
+    residuals = query, key, value, lists, looked_up, out, lse
+    return (out, jnp.swapaxes(lse, 1, 2) / LOG2E), residuals
+
+
+def _backward(call, residuals, cotangents):
+    query, key, value, lists, looked_up, out, lse = residuals
+    d_out, d_lse = cotangents
+    # A score's gradient is p (dp - delta); the log-sum-exp's own adds p d_lse to it.
+    delta = jnp.einsum("btnv,btnv->bnt", out, d_out, preferred_element_type=jnp.float32)
+    delta -= jnp.swapaxes(d_lse, 1, 2)
+    transposed = call.transposed
+    if transposed is None:
+        # Their arrays come as arguments: those of `call` may be another trace's.
+        same = dataclasses.replace(call.block_mask, **lists._asdict())
+        transposed = functools.partial(transpose, same)
+    d_query, d_key, d_value = grad_kernel(
+        query,
+        key,
+        value,
+        d_out,
+        # A query that saw nothing gets the weight exp(-inf) everywhere.
+        jnp.where(jnp.isfinite(lse), lse, jnp.inf),
+        delta,
+        Lists(*transposed()),
+        looked_up,
+        call.masking,
+        scale=call.scale,
+        stages=2,
+    )
+    d_query = (d_query * call.scale).astype(query.dtype)
+    return d_query, d_key, d_value, None, None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _predicate(mask, key_len, block):
+    def fn(batch, head, query_start, row, key_start, column):
+        seen = mask.at(batch, head, query_start, row, key_start, column)
+        # Keys past the end are zeros that fill the last block.
+        return seen & (key_start + column < key_len) if key_len % block else seen
+
+    return fn
+
+
+def _pad(x, count):
+    return jnp.pad(x, ((0, 0), (0, count), (0, 0), (0, 0))) if count else x
