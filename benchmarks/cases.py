@@ -67,6 +67,7 @@ def causal(length: int, heads: int = 4, size: int = 64) -> Case:
             "reference": _attnx(is_causal=True, implementation="reference"),
             "xla": _attnx(is_causal=True, implementation="xla"),
             "jax.nn": peers.causal_softmax,
+            "jax.nn by head": peers.by_head(peers.causal_softmax),
         },
         functools.partial(causal, 300),
     )
@@ -87,6 +88,7 @@ def window(length: int, heads: int = 4, size: int = 64, left: int = WINDOW) -> C
             "reference": _attnx(**reach, implementation="reference"),
             "xla": _attnx(**reach, implementation="xla"),
             "jax.nn": peers.dense_softmax(mask),
+            "jax.nn by head": peers.by_head(peers.dense_softmax(mask)),
         },
         functools.partial(window, 300, left=70),
     )

@@ -23,6 +23,20 @@ def causal_softmax(query, key, value):
     return jax.nn.dot_product_attention(query, key, value, is_causal=True)
 
 
+def by_head(attention):
+    """The same one head at a time: only one head's scores exist, and none are kept."""
+
+    @jax.checkpoint
+    def head(arrays):
+        return attention(*(x[:, :, None] for x in arrays))[:, :, 0]
+
+    def attend(*arrays):
+        heads = tuple(jnp.moveaxis(x, 2, 0) for x in arrays)
+        return jnp.moveaxis(lax.map(head, heads), 0, 2)
+
+    return attend
+
+
 def dense_neighborhood(mask):
     """The same over the flattened tokens of an image `[B, *space, N, H]`."""
 
