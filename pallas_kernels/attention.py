@@ -104,16 +104,17 @@ def attention(
         # Later tiles of a causal mask visit more: the longest start first.
         i = lax.axis_size("q") - 1 - i
         start = i * tile
-        visits = Visits(lists_g, b, h, heads, lax.div(start, masking.query_block))
-        steps = visits.count * split
+        block = lax.div(start, jnp.int32(masking.query_block))
 
-        def key_start(j):
+        def key_start(visits, j):
             block = visits.block(lax.div(j, jnp.int32(split))) * masking.key_block
             return block, lax.rem(j, jnp.int32(split)) * key_tile
 
         def consume():
             if taking_turns:
                 plgpu.set_max_registers(240, action="increase")
+            visits = Visits(lists_g, b, h, heads, block)
+            steps = visits.count * split
             first_row = wg * ROWS
             q, lse = q_s.at[pl.ds(first_row, ROWS)], lse_s.at[wg]
             if masking.predicate is not None:
@@ -133,7 +134,7 @@ def attention(
                 if masked:
                     # A huge finite value would leave a residue where a whole row is
                     # hidden: the compiler fuses the product and the difference.
-                    scores = jnp.where(sees(*key_start(j)), scores, -jnp.inf)
+                    scores = jnp.where(sees(*key_start(visits, j)), scores, -jnp.inf)
                 m_new = jnp.maximum(m, scores.max(axis=1) * log2_scale)
                 peak = jnp.where(m_new == -jnp.inf, 0.0, m_new) if masked else m_new
                 alpha = jnp.exp2(m - peak)
@@ -227,11 +228,13 @@ def attention(
             def _():
                 kv_head = lax.div(h, jnp.int32(group))
                 plgpu.copy_gmem_to_smem(q_g.at[b, pl.ds(start, tile), h], q_s, q_full)
+                visits = Visits(lists_g, b, h, heads, block)
+                steps = visits.count * split
 
                 def copy(j, gmem, smem, full, free):
                     slot = lax.rem(j, jnp.int32(stages))
                     pl.when(j >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
-                    rows = pl.ds(sum(key_start(j)), key_tile)
+                    rows = pl.ds(sum(key_start(visits, j)), key_tile)
                     plgpu.copy_gmem_to_smem(
                         gmem.at[b, rows, kv_head], smem.at[slot], full.at[slot]
                     )
@@ -276,6 +279,7 @@ def attention(
         grid_names=("h", "q", "b"),
         num_threads=warpgroups + 1,
         thread_name="wg",
+        kernel_name="attention",
     )
 
 

@@ -98,8 +98,9 @@ def call_in_place(body, inputs, outputs, *, scratch, **mesh):
                 **mesh,
             )(*refs)
         else:
+            name = mesh.pop("kernel_name")
 
-            @pl.core_map(plgpu.Mesh(**mesh), compiler_params=params)
+            @pl.core_map(plgpu.Mesh(**mesh), compiler_params=params, name=name)
             def _():
                 pl.run_scoped(
                     lambda *local: body(*refs, *local),
@@ -294,6 +295,21 @@ def accumulators(body, refs, shapes):
     return pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
 
 
+def product_and(a, b, meanwhile):
+    """`a b`, and what `meanwhile()` gives while it is computed."""
+    if interpreted():
+        result = plain(a) @ plain(b)
+        plgpu.commit_smem()
+        return result, meanwhile()
+
+    def run(acc):
+        plgpu.wgmma(acc, a, b)
+        done = meanwhile()
+        return plgpu.wgmma_accumulator_load(acc, wait_n=0), done
+
+    return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+
+
 def two_products(first, second, meanwhile):
     """`meanwhile(a b)` and `c d`, the one worked on while the other is computed."""
     (a, b), (c, d) = first, second
@@ -312,22 +328,24 @@ def two_products(first, second, meanwhile):
     return pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
 
 
-def product_beside(first, second, write):
-    """`write(a b)` while `acc += c d` is computed, and then waits for that."""
-    (a, b), (acc, c, d) = first, second
+def products_beside(first, second, third, write):
+    """`write(a b)` while `acc += c d` and `e f` are computed; returns `e f`."""
+    (a, b), (acc, c, d), (e, f) = first, second, third
     if interpreted():
-        result = plain(a) @ plain(b)
+        results = plain(a) @ plain(b), plain(e) @ plain(f)
         add_product(acc, c, d)
-        write(result)
-        return
+        write(results[0])
+        return results[1]
 
-    def run(left):
+    def run(left, right):
         plgpu.wgmma(left, a, b)
         plgpu.wgmma(acc, c, d)
-        write(plgpu.wgmma_accumulator_load(left, wait_n=1))
+        plgpu.wgmma(right, e, f)
+        write(plgpu.wgmma_accumulator_load(left, wait_n=2))
+        return plgpu.wgmma_accumulator_load(right, wait_n=0)
 
-    pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
-    plgpu.wgmma_wait(0)
+    shapes = (a.shape[0], b.shape[1]), (e.shape[0], f.shape[1])
+    return pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
 
 
 def add_product(acc, a, b):

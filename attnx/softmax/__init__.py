@@ -6,3 +6,4 @@ from attnx.softmax.api import neighborhood_attention as neighborhood_attention
 from attnx.softmax.block_mask import BlockMask as BlockMask
 from attnx.softmax.decode import decode_attention as decode_attention
 from attnx.softmax.merge import merge_attention as merge_attention
+from attnx.softmax.pallas import KernelConfig as KernelConfig

@@ -14,8 +14,8 @@ from attnx.softmax.engine import attend, check_arrays
 from attnx.softmax.mask import Mask
 from attnx.softmax.masks import Causal, Dense, Full, Lengths, Window
 from attnx.softmax.merge import merge_attention
-from attnx.softmax.pallas import BLOCK
 from attnx.softmax.neighborhood import Neighborhood, choose_tile, windows
+from attnx.softmax.pallas import BLOCK, KernelConfig
 from attnx.softmax.simulate import best_tile
 from attnx.softmax.tile_order import TileOrder
 
@@ -32,7 +32,7 @@ def dot_product_attention(
     query_seq_lengths: jax.Array | None = None,
     key_value_seq_lengths: jax.Array | None = None,
     local_window_size: int | tuple[int, int] | None = None,
-    implementation: str | None = None,
+    implementation: str | KernelConfig | None = None,
     return_residual: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Computes softmax(query key^T scale + bias) value where the mask allows.
@@ -55,7 +55,7 @@ def dot_product_attention(
       local_window_size: `(left, right)` keys seen beside the query's own index, or one
         number for both.
       implementation: "reference", "xla", "pallas", or None for the fastest that serves
-        the call where the program is lowered.
+        the call where the program is lowered; a `KernelConfig` is "pallas" as it says.
       return_residual: also return the log-sum-exp.
 
     Returns:
@@ -120,7 +120,7 @@ def block_sparse_attention(
     *,
     bias: jax.Array | None = None,
     scale: float | jax.Array | None = None,
-    implementation: str | None = None,
+    implementation: str | KernelConfig | None = None,
     return_residual: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Attends to the key blocks that each query block lists.
@@ -183,7 +183,7 @@ def neighborhood_attention(
     scale: float | jax.Array | None = None,
     extra_key: jax.Array | None = None,
     extra_value: jax.Array | None = None,
-    implementation: str | None = None,
+    implementation: str | KernelConfig | None = None,
     return_residual: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Attends to the `kernel_size` nearest tokens along each axis of space.

@@ -10,6 +10,7 @@ from attnx.softmax.block_mask import FULL, PARTIAL, SKIP, BlockMask
 from attnx.softmax.engine import attend, check_arrays
 from attnx.softmax.mask import Mask
 from attnx.softmax.masks import Causal, Lengths, Offset
+from attnx.softmax.pallas import KernelConfig
 
 
 def decode_attention(
@@ -20,7 +21,7 @@ def decode_attention(
     *,
     mask: Mask | None = None,
     scale: float | jax.Array | None = None,
-    implementation: str | None = None,
+    implementation: str | KernelConfig | None = None,
     return_residual: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Attends the last T tokens of each sequence to its key-value cache.

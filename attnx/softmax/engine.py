@@ -14,6 +14,7 @@ from attnx._dispatch import dispatch
 from attnx.softmax import pallas, pallas_decode, reference, xla
 from attnx.softmax.block_mask import BlockMask
 from attnx.softmax.mask import Mask
+from attnx.softmax.pallas import KernelConfig
 from attnx.softmax.tile_order import TileOrder
 
 
@@ -26,7 +27,7 @@ def attend(
     *,
     mask: Mask | BlockMask,
     scale: float | jax.Array | None,
-    implementation: str | None,
+    implementation: str | KernelConfig | None,
     lists: Callable[[], BlockMask] | None = None,
     orders: Mapping[str, TileOrder] | None = None,
     decodes: bool = False,
@@ -60,6 +61,10 @@ def attend(
         # A traced scale has a gradient, which the query's gives.
         query, scale = query * jnp.asarray(scale, query.dtype), 1.0
 
+    config = KernelConfig()
+    if isinstance(implementation, KernelConfig):
+        implementation, config = "pallas", implementation
+
     def block_mask(block_size):
         if isinstance(mask, BlockMask):
             return mask
@@ -89,7 +94,7 @@ def attend(
             return pallas_decode.attention(
                 query, key, value, mask=mask, scale=float(scale)
             )
-        run = functools.partial(pallas.attention, scale=float(scale))
+        run = functools.partial(pallas.attention, scale=float(scale), config=config)
         if orders is not None:
             order = orders["pallas"]
             return order.through(

@@ -15,10 +15,28 @@ from attnx.softmax.masks import Full
 from pallas_kernels.attention import LOG2E, Lists, Masking
 from pallas_kernels.attention import attention as attention_kernel
 from pallas_kernels.attention_grad import attention_grad as grad_kernel
+from pallas_kernels.attention_grad_ordered import (
+    attention_grad_ordered as ordered_kernel,
+)
 from pallas_kernels.predicate import Untraceable, trace
 
 BLOCK = 128
-HEAD_SIZES = (32, 64, 96, 128)
+HEAD_SIZES = (32, 64, 96, 128, 256)
+# Wider heads leave registers for one gradient at a time.
+_WIDEST_FUSED = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelConfig:
+    """How the GPU kernels serve a call: pass it as `implementation`.
+
+    Attributes:
+      deterministic: the backward sums in a fixed order, for 8 products a tile in place
+        of 5. By default gradients of queries are summed as they come, in float32. Head
+        sizes above 128 are always summed in a fixed order.
+    """
+
+    deterministic: bool = False
 
 
 def attention(
@@ -29,6 +47,7 @@ def attention(
     block_mask: BlockMask,
     scale: float,
     transposed: Callable[[], Lists] | None = None,
+    config: KernelConfig = KernelConfig(),
 ) -> tuple[jax.Array, jax.Array]:
     """Attends over the listed blocks, as `reference.attention` over its mask.
 
@@ -50,7 +69,7 @@ def attention(
             query_len + query_pad,
             key_len + key_pad,
         )
-    call = _Call(Masking(*block, predicate), scale, transposed, block_mask)
+    call = _Call(Masking(*block, predicate), scale, transposed, block_mask, config)
     padded = (_pad(query, query_pad), _pad(key, key_pad), _pad(value, key_pad))
     lists = Lists(block_mask.indices, block_mask.counts, block_mask.partial_counts)
     out, lse = _attention(call, *padded, lists, looked_up)
@@ -89,6 +108,12 @@ def unsupported(
     return None
 
 
+def key_tile(query: jax.Array, value: jax.Array) -> int:
+    """Keys of one step of the forward kernel."""
+    size = max(query.shape[-1], value.shape[-1])
+    return BLOCK if size <= _WIDEST_FUSED else BLOCK // 2
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Call:
     """What of a call is not an array."""
@@ -97,6 +122,7 @@ class _Call:
     scale: float
     transposed: Callable[[], Lists] | None
     block_mask: BlockMask
+    config: KernelConfig
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -114,8 +140,8 @@ def _forward(call, query, key, value, lists, looked_up):
         looked_up,
         call.masking,
         scale=call.scale,
-        key_tile=BLOCK,
-        stages=2 if size > 64 else 3,
+        key_tile=key_tile(query, value),
+        stages=3 if size <= 64 else 2,
     )
     residuals = query, key, value, lists, looked_up, out, lse
     return (out, jnp.swapaxes(lse, 1, 2) / LOG2E), residuals
@@ -132,19 +158,27 @@ def _backward(call, residuals, cotangents):
         # Their arrays come as arguments: those of `call` may be another trace's.
         same = dataclasses.replace(call.block_mask, **lists._asdict())
         transposed = functools.partial(transpose, same)
+    # A query that saw nothing gets the weight exp(-inf) everywhere.
+    lse = jnp.where(jnp.isfinite(lse), lse, jnp.inf)
+    arrays = query, key, value, d_out, lse, delta
+    by_key = Lists(*transposed())
+    size = max(query.shape[-1], value.shape[-1])
+    if call.config.deterministic or size > _WIDEST_FUSED:
+        run = functools.partial(ordered_kernel, scale=call.scale)
+        grads = [
+            run(
+                by,
+                *arrays,
+                lists if by == "query" else by_key,
+                looked_up,
+                call.masking,
+                stages=1 if size > _WIDEST_FUSED else 2,
+            )
+            for by in ("query", "key", "value")
+        ]
+        return *grads, None, None
     d_query, d_key, d_value = grad_kernel(
-        query,
-        key,
-        value,
-        d_out,
-        # A query that saw nothing gets the weight exp(-inf) everywhere.
-        jnp.where(jnp.isfinite(lse), lse, jnp.inf),
-        delta,
-        Lists(*transposed()),
-        looked_up,
-        call.masking,
-        scale=call.scale,
-        stages=2,
+        *arrays, by_key, looked_up, call.masking, scale=call.scale, stages=2
     )
     d_query = (d_query * call.scale).astype(query.dtype)
     return d_query, d_key, d_value, None, None

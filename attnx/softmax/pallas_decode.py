@@ -83,7 +83,7 @@ def _attention(call, query, key, value, leaves):
         looked_up,
         Masking(ROWS, pallas.BLOCK, predicate),
         scale=call.scale,
-        key_tile=pallas.BLOCK,
+        key_tile=pallas.key_tile(query, value),
         stages=2,
         warpgroups=1,
     )
