@@ -93,8 +93,7 @@ def attention_grad(
             k, v = k_s.at[pl.ds(first_row, ROWS)], v_s.at[pl.ds(first_row, ROWS)]
             plgpu.barrier_wait(kv_full)
 
-            def step(j, carry, visits, sees, d_key, d_value):
-                n, scores = carry
+            def step(j, n, visits, sees, d_key, d_value):
                 slot = lax.rem(n, jnp.int32(stages))
                 q, do = q_s.at[slot], do_s.at[slot]
 
@@ -102,45 +101,56 @@ def attention_grad(
                     vector = mosaic.load(row_s.at[slot, which], COL)
                     return mosaic.along(vector, 1, shape)
 
-                def probabilities():
+                def probabilities(scores):
                     p = jnp.exp2(scores * log2_scale - columns(0))
                     if sees is not None:
                         p = jnp.where(sees(*query_start(visits, j)), p, 0.0)
                     return p
 
+                plgpu.barrier_wait(q_full.at[slot])
                 plgpu.barrier_wait(do_full.at[slot])
-                dp, p = mosaic.product_and(v, mosaic.transposed(do), probabilities)
+                p, dp = mosaic.two_products(
+                    (k, mosaic.transposed(q)),
+                    (v, mosaic.transposed(do)),
+                    probabilities,
+                )
                 mosaic.add_product(d_value, p.astype(dtype), do)
                 ds = (p * (dp - columns(1))).astype(dtype)
                 # The other warpgroup met this one after it last read this buffer.
                 ds_now = ds_s.at[lax.rem(n, jnp.int32(2))]
                 ds_now.at[pl.ds(first_row, ROWS)][...] = ds
                 plgpu.commit_smem()
+                mosaic.meet(PAIR, pair)
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(do_free.at[slot])
-                mosaic.meet(PAIR, pair)
 
                 def write(d_query):
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     dq_s.at[wg][...] = d_query
                     plgpu.commit_smem()
-                    rows = pl.ds(sum(query_start(visits, j)), ROWS)
-                    place = dq_g.at[b, rows, visits.head, pl.ds(wg * half, half)]
-                    mosaic.add_to_memory(dq_s.at[wg], place)
+                    mosaic.add_to_memory(
+                        dq_s.at[wg],
+                        dq_g.at[
+                            b,
+                            pl.ds(sum(query_start(visits, j)), ROWS),
+                            visits.head,
+                            pl.ds(wg * half, half),
+                        ],
+                    )
 
-                following = lax.rem(n + 1, jnp.int32(stages))
-                plgpu.barrier_wait(q_full.at[following])
-                scores = mosaic.products_beside(
-                    (mosaic.transposed(ds_now), k_s.at[:, pl.ds(wg * half, half)]),
+                mosaic.product_beside(
+                    (
+                        mosaic.transposed(ds_now),
+                        k_s.at[:, pl.ds(wg * half, half)],
+                    ),
                     (d_key, ds_now.at[pl.ds(first_row, ROWS)], q),
-                    (k, mosaic.transposed(q_s.at[following])),
                     write,
                 )
                 plgpu.barrier_arrive(q_free.at[slot])
-                return n + 1, scores
+                return n + 1
 
             def walk(d_key, d_value):
-                def member(g, carry):
+                def member(g, n):
                     head, visits = visits_of(g)
                     run = functools.partial(
                         step, visits=visits, d_key=d_key, d_value=d_value
@@ -156,20 +166,17 @@ def attention_grad(
                             query_axis=1,
                         )
                         partial = visits.partial_count * split
-                        carry = lax.fori_loop(
-                            0, partial, functools.partial(run, sees=sees), carry
+                        n = lax.fori_loop(
+                            0, partial, functools.partial(run, sees=sees), n
                         )
                     return lax.fori_loop(
                         partial,
                         visits.count * split,
                         functools.partial(run, sees=None),
-                        carry,
+                        n,
                     )
 
-                # Each step ends with the scores of the next; the last with none's.
-                plgpu.barrier_wait(q_full.at[0])
-                scores = mosaic.product(k, mosaic.transposed(q_s.at[0]))
-                lax.fori_loop(0, group, member, (jnp.int32(0), scores))
+                lax.fori_loop(0, group, member, jnp.int32(0))
 
             d_key, d_value = mosaic.accumulators(
                 walk,
@@ -195,25 +202,23 @@ def attention_grad(
                 plgpu.copy_gmem_to_smem(k_g.at[b, keys, kv_head], k_s, kv_full)
                 plgpu.copy_gmem_to_smem(v_g.at[b, keys, kv_head], v_s, kv_full)
 
-                def copy_query(n, head, start):
-                    slot, rows = lax.rem(n, jnp.int32(stages)), pl.ds(start, ROWS)
-                    full = q_full.at[slot]
-                    pl.when(n >= stages)(lambda: plgpu.barrier_wait(q_free.at[slot]))
-                    for source, target in (
-                        (q_g.at[b, rows, head], q_s.at[slot]),
-                        (lse_g.at[b, head, rows], row_s.at[slot, 0]),
-                        (delta_g.at[b, head, rows], row_s.at[slot, 1]),
-                    ):
-                        plgpu.copy_gmem_to_smem(source, target, full)
-
                 def step(j, n, visits):
-                    slot, start = lax.rem(n, jnp.int32(stages)), query_start(visits, j)
-                    copy_query(n, visits.head, sum(start))
-                    pl.when(n >= stages)(lambda: plgpu.barrier_wait(do_free.at[slot]))
+                    slot = lax.rem(n, jnp.int32(stages))
+                    rows = pl.ds(sum(query_start(visits, j)), ROWS)
+                    head = visits.head
+                    again = n >= stages
+                    pl.when(again)(lambda: plgpu.barrier_wait(q_free.at[slot]))
+                    full = q_full.at[slot]
+                    plgpu.copy_gmem_to_smem(q_g.at[b, rows, head], q_s.at[slot], full)
                     plgpu.copy_gmem_to_smem(
-                        do_g.at[b, pl.ds(sum(start), ROWS), visits.head],
-                        do_s.at[slot],
-                        do_full.at[slot],
+                        lse_g.at[b, head, rows], row_s.at[slot, 0], full
+                    )
+                    plgpu.copy_gmem_to_smem(
+                        delta_g.at[b, head, rows], row_s.at[slot, 1], full
+                    )
+                    pl.when(again)(lambda: plgpu.barrier_wait(do_free.at[slot]))
+                    plgpu.copy_gmem_to_smem(
+                        do_g.at[b, rows, head], do_s.at[slot], do_full.at[slot]
                     )
                     return n + 1
 
@@ -225,15 +230,12 @@ def attention_grad(
                     )
 
                 n = lax.fori_loop(0, group, member, jnp.int32(0))
-                copy_query(n, kv_head * group, 0)  # Multiplied, and never looked at.
-
-                @pl.loop(jnp.maximum(n + 1 - stages, 0), n)
-                def _(j):
-                    plgpu.barrier_wait(q_free.at[lax.rem(j, jnp.int32(stages))])
 
                 @pl.loop(jnp.maximum(n - stages, 0), n)
                 def _(j):
-                    plgpu.barrier_wait(do_free.at[lax.rem(j, jnp.int32(stages))])
+                    slot = lax.rem(j, jnp.int32(stages))
+                    plgpu.barrier_wait(q_free.at[slot])
+                    plgpu.barrier_wait(do_free.at[slot])
 
         pl.when(wg < 2)(consume)
         pl.when(wg == 2)(produce)

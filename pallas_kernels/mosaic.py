@@ -295,21 +295,6 @@ def accumulators(body, refs, shapes):
     return pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
 
 
-def product_and(a, b, meanwhile):
-    """`a b`, and what `meanwhile()` gives while it is computed."""
-    if interpreted():
-        result = plain(a) @ plain(b)
-        plgpu.commit_smem()
-        return result, meanwhile()
-
-    def run(acc):
-        plgpu.wgmma(acc, a, b)
-        done = meanwhile()
-        return plgpu.wgmma_accumulator_load(acc, wait_n=0), done
-
-    return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
-
-
 def two_products(first, second, meanwhile):
     """`meanwhile(a b)` and `c d`, the one worked on while the other is computed."""
     (a, b), (c, d) = first, second
@@ -328,24 +313,22 @@ def two_products(first, second, meanwhile):
     return pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
 
 
-def products_beside(first, second, third, write):
-    """`write(a b)` while `acc += c d` and `e f` are computed; returns `e f`."""
-    (a, b), (acc, c, d), (e, f) = first, second, third
+def product_beside(first, second, write):
+    """`write(a b)` while `acc += c d` is computed, and then waits for that."""
+    (a, b), (acc, c, d) = first, second
     if interpreted():
-        results = plain(a) @ plain(b), plain(e) @ plain(f)
+        result = plain(a) @ plain(b)
         add_product(acc, c, d)
-        write(results[0])
-        return results[1]
+        write(result)
+        return
 
-    def run(left, right):
+    def run(left):
         plgpu.wgmma(left, a, b)
         plgpu.wgmma(acc, c, d)
-        plgpu.wgmma(right, e, f)
-        write(plgpu.wgmma_accumulator_load(left, wait_n=2))
-        return plgpu.wgmma_accumulator_load(right, wait_n=0)
+        write(plgpu.wgmma_accumulator_load(left, wait_n=1))
 
-    shapes = (a.shape[0], b.shape[1]), (e.shape[0], f.shape[1])
-    return pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
+    pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+    plgpu.wgmma_wait(0)
 
 
 def add_product(acc, a, b):
