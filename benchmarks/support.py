@@ -22,8 +22,10 @@ def markdown() -> str:
 
 
 def _calls():
-    tokens = ((2, 64, 4, 32), (2, 64, 2, 32), (2, 64, 2, 32))
-    lists = attnx.BlockMask.from_mask(attnx.masks.Causal(), 64, 64, block_size=(16, 16))
+    tokens = ((2, 256, 4, 32), (2, 256, 2, 32), (2, 256, 2, 32))
+    lists = attnx.BlockMask.from_mask(
+        attnx.masks.Causal(), 256, 256, block_size=(128, 128)
+    )
     return {
         "dot_product_attention": (attnx.dot_product_attention, tokens),
         "block_sparse_attention": (
@@ -32,11 +34,11 @@ def _calls():
         ),
         "neighborhood_attention": (
             functools.partial(attnx.neighborhood_attention, kernel_size=3),
-            tuple((2, 8, 8, *shape[2:]) for shape in tokens),
+            tuple((2, 16, 16, *shape[2:]) for shape in tokens),
         ),
         "decode_attention": (
-            functools.partial(attnx.decode_attention, lengths=jnp.array([64, 9])),
-            tokens,
+            functools.partial(attnx.decode_attention, lengths=jnp.array([256, 9])),
+            ((2, 1, 4, 32), *tokens[1:]),
         ),
         "linear_attention": (attnx.linear_attention, tokens),
     }

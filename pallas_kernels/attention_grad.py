@@ -80,7 +80,6 @@ def attention_grad(
         def visits_of(member):
             head = kv_head * group + member
             visits = Visits(lists_g, b, head, heads, key_block)
-            visits.head = head
             return head, visits
 
         def query_start(visits, j):
@@ -93,7 +92,7 @@ def attention_grad(
             k, v = k_s.at[pl.ds(first_row, ROWS)], v_s.at[pl.ds(first_row, ROWS)]
             plgpu.barrier_wait(kv_full)
 
-            def step(j, n, visits, sees, d_key, d_value):
+            def step(j, n, head, visits, sees, d_key, d_value):
                 slot = lax.rem(n, jnp.int32(stages))
                 q, do = q_s.at[slot], do_s.at[slot]
 
@@ -133,7 +132,7 @@ def attention_grad(
                         dq_g.at[
                             b,
                             pl.ds(sum(query_start(visits, j)), ROWS),
-                            visits.head,
+                            head,
                             pl.ds(wg * half, half),
                         ],
                     )
@@ -153,7 +152,7 @@ def attention_grad(
                 def member(g, n):
                     head, visits = visits_of(g)
                     run = functools.partial(
-                        step, visits=visits, d_key=d_key, d_value=d_value
+                        step, head=head, visits=visits, d_key=d_key, d_value=d_value
                     )
                     partial = jnp.int32(0)
                     if masking.predicate is not None:
@@ -202,10 +201,9 @@ def attention_grad(
                 plgpu.copy_gmem_to_smem(k_g.at[b, keys, kv_head], k_s, kv_full)
                 plgpu.copy_gmem_to_smem(v_g.at[b, keys, kv_head], v_s, kv_full)
 
-                def step(j, n, visits):
+                def step(j, n, head, visits):
                     slot = lax.rem(n, jnp.int32(stages))
                     rows = pl.ds(sum(query_start(visits, j)), ROWS)
-                    head = visits.head
                     again = n >= stages
                     pl.when(again)(lambda: plgpu.barrier_wait(q_free.at[slot]))
                     full = q_full.at[slot]
@@ -223,11 +221,9 @@ def attention_grad(
                     return n + 1
 
                 def member(g, n):
-                    _, visits = visits_of(g)
-                    count = visits.count * split
-                    return lax.fori_loop(
-                        0, count, functools.partial(step, visits=visits), n
-                    )
+                    head, visits = visits_of(g)
+                    run = functools.partial(step, head=head, visits=visits)
+                    return lax.fori_loop(0, visits.count * split, run, n)
 
                 n = lax.fori_loop(0, group, member, jnp.int32(0))
 

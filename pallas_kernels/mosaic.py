@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import inspect
 
 import jax
 import jax.experimental.pallas as pl
@@ -18,18 +17,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax._src.lib.mlir import ir
 from jax._src.lib.mlir.dialects import llvm
+from jax._src.pallas.mosaic_gpu.interpret.params import (  # Public since 0.11.
+    InterpretGPUParams,
+    force_gpu_interpret_mode,
+)
 from jax.experimental.mosaic import gpu as mgpu
-
-try:
-    InterpretParams = plgpu.InterpretGPUParams
-    _force_interpret = plgpu.force_gpu_interpret_mode
-except AttributeError:  # Before 0.11 neither was public.
-    from jax._src.pallas.mosaic_gpu.interpret.params import (
-        InterpretGPUParams as InterpretParams,
-    )
-    from jax._src.pallas.mosaic_gpu.interpret.params import (
-        force_gpu_interpret_mode as _force_interpret,
-    )
 
 TILE = plgpu.Layout.WGMMA
 # Vectors along the rows of a tile, and along its columns.
@@ -38,10 +30,7 @@ COL = TILE.reduce(0)
 LAYOUTS = (ROW, COL)
 SMEM_BYTES = 232_448
 
-_LOAD_TAKES_INDEX = "idx" in inspect.signature(plgpu.load).parameters and (
-    inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty
-)
-_REFS_INTO_KERNELS = not hasattr(plgpu, "transpose_ref") or not _LOAD_TAKES_INDEX
+_SINCE_0_11 = jax.__version_info__ >= (0, 11)
 _interpreted: contextvars.ContextVar[bool] = contextvars.ContextVar(
     "interpreted", default=False
 )
@@ -52,7 +41,7 @@ def interpret(**options):
     """Runs kernels on the CPU; options are those of `InterpretGPUParams`."""
     token = _interpreted.set(True)
     try:
-        with _force_interpret(InterpretParams(**options)):
+        with force_gpu_interpret_mode(InterpretGPUParams(**options)):
             yield
     finally:
         _interpreted.reset(token)
@@ -89,7 +78,7 @@ def call_in_place(body, inputs, outputs, *, scratch, **mesh):
     params = compiler_params()
 
     def run(refs):
-        if _REFS_INTO_KERNELS:
+        if _SINCE_0_11:  # Kernels take references.
             plgpu.kernel(
                 body,
                 out_type=(),
@@ -129,11 +118,10 @@ def swizzle_of(columns: int, dtype) -> int:
 
 def load(ref, layout):
     """Registers in a layout, from memory of any kind."""
-    if not _LOAD_TAKES_INDEX:
-        return plgpu.load(ref, layout=layout, optimized=False)
-    if interpreted():
+    if interpreted() and not _SINCE_0_11:
         return ref[...]
-    return plgpu.load(ref, None, layout=layout, optimized=False)
+    index = () if _SINCE_0_11 else (None,)
+    return plgpu.load(ref, *index, layout=layout, optimized=False)
 
 
 def full(shape, value, layout, dtype=jnp.float32):

@@ -90,7 +90,7 @@ def attend(
         )
 
     def by_pallas(query, key, value, bias):
-        if decodes:
+        if decodes and isinstance(mask, Mask):
             return pallas_decode.attention(
                 query, key, value, mask=mask, scale=float(scale)
             )
