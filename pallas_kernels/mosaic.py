@@ -120,8 +120,8 @@ def load(ref, layout):
     """Registers in a layout, from memory of any kind."""
     if interpreted() and not _SINCE_0_11:
         return ref[...]
-    index = () if _SINCE_0_11 else (None,)
-    return plgpu.load(ref, *index, layout=layout, optimized=False)
+    source: list = [ref] if _SINCE_0_11 else [ref, None]
+    return plgpu.load(*source, layout=layout, optimized=False)
 
 
 def full(shape, value, layout, dtype=jnp.float32):
