@@ -328,7 +328,9 @@ class Sees:
         ]
         if self._query_axis:
             sides.reverse()
-        arguments = [(x, None) for x in self._where] + [x for s in sides for x in s]
+        batch, head = self._where
+        batch = lax.rem(batch, jnp.int32(self._predicate.batch))
+        arguments = [(x, None) for x in (batch, head)] + [x for s in sides for x in s]
         looked_up = []
         for i, lookup in enumerate(self._predicate.lookups):
             if lookup.by is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -143,7 +144,8 @@ def along(x, axis: int, shape):
 
 
 def transposed(ref):
-    return ref.transpose((1, 0))
+    """Shared memory with its rows as columns, for products."""
+    return _Transposed(ref) if interpreted() else ref.transpose((1, 0))
 
 
 def by_one_warp(body):
@@ -338,7 +340,15 @@ def add_to_memory(smem, gmem):
 
 def plain(x):
     """The float32 values behind a reference or an array, for the interpreter."""
+    if isinstance(x, _Transposed):
+        return plain(x.ref).T
     return (x if isinstance(x, jax.Array) else x[...]).astype(jnp.float32)
+
+
+class _Transposed(NamedTuple):
+    """What the interpreter of jax 0.10 cannot read: a transposed reference."""
+
+    ref: Any
 
 
 def _ref_type(ref):

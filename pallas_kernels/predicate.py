@@ -74,8 +74,12 @@ class Lookup:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Predicate:
-    """A traced predicate. Hashed by identity: it belongs to one call."""
+    """A traced predicate. Hashed by identity: it belongs to one call.
 
+    Its batches count modulo `batch`.
+    """
+
+    batch: int
     lookups: tuple[Lookup, ...]
     _jaxpr: Any
     _arguments: tuple[Any, ...]
@@ -154,7 +158,7 @@ def trace(
         looked_up = value(*(jnp.arange(n, dtype=jnp.int32) for n in sizes))
         lookups.append(Lookup(by))
         arrays.append(jnp.asarray(looked_up).reshape(sizes).astype(jnp.int32))
-    return Predicate(tuple(lookups), jaxpr, arguments, tuple(wanted)), arrays
+    return Predicate(batch, tuple(lookups), jaxpr, arguments, tuple(wanted)), arrays
 
 
 def _outside(jaxpr, arguments, constants, wanted, batch, head, index):

@@ -2,9 +2,12 @@
 
 import os
 
-# The tests compile far longer than they compute. Set before jax starts its backend.
+# Set before jax starts its backend. The tests compile far longer than they compute; and
+# the threads of an interpreted kernel wait for one another in a pool that has a thread
+# for each device, where too few would wait forever.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
 )
 
 import chex

@@ -114,6 +114,40 @@ def key_tile(query: jax.Array, value: jax.Array) -> int:
     return BLOCK if size <= _WIDEST_FUSED else BLOCK // 2
 
 
+def mappable(kernel: Callable, *args, **options) -> Callable:
+    """`(tokens, shared) -> kernel(*tokens, *shared, *args, **options)` under `vmap`.
+
+    Mapped axes join the batch, which kernels walk anyway. All arrays lead with the
+    batch, those of `shared` perhaps with 1 in its place.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def run(tokens, shared):
+        return kernel(*tokens, *shared, *args, **options)
+
+    @run.def_vmap
+    def _(size, mapped, tokens, shared):
+        batch = tokens[0].shape[1 if mapped[0][0] else 0]
+
+        def join(x, is_mapped):
+            if not is_mapped:
+                x = jnp.broadcast_to(x, (size, *x.shape))
+            elif x.shape[1] < batch:
+                x = jnp.repeat(x, batch, axis=1)
+            return x.reshape(-1, *x.shape[2:])
+
+        def join_shared(x, is_mapped):
+            return join(x, is_mapped) if is_mapped or x.shape[0] > 1 else x
+
+        tokens = jax.tree.map(join, tokens, mapped[0])
+        shared = jax.tree.map(join_shared, shared, mapped[1])
+        out = run(tokens, shared)
+        split = lambda x: x.reshape(size, batch, *x.shape[1:])
+        return jax.tree.map(split, out), jax.tree.map(lambda _: True, out)
+
+    return run
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Call:
     """What of a call is not an array."""
@@ -132,17 +166,14 @@ def _attention(call, query, key, value, lists, looked_up):
 
 def _forward(call, query, key, value, lists, looked_up):
     size = max(query.shape[-1], value.shape[-1])
-    out, lse = attention_kernel(
-        query,
-        key,
-        value,
-        lists,
-        looked_up,
+    kernel = mappable(
+        attention_kernel,
         call.masking,
         scale=call.scale,
         key_tile=key_tile(query, value),
         stages=3 if size <= 64 else 2,
     )
+    out, lse = kernel((query, key, value), (lists, looked_up))
     residuals = query, key, value, lists, looked_up, out, lse
     return (out, jnp.swapaxes(lse, 1, 2) / LOG2E), residuals
 
@@ -164,22 +195,20 @@ def _backward(call, residuals, cotangents):
     by_key = Lists(*transposed())
     size = max(query.shape[-1], value.shape[-1])
     if call.config.deterministic or size > _WIDEST_FUSED:
-        run = functools.partial(ordered_kernel, scale=call.scale)
-        grads = [
-            run(
-                by,
-                *arrays,
-                lists if by == "query" else by_key,
-                looked_up,
+        stages = 1 if size > _WIDEST_FUSED else 2
+        grads = []
+        for by in ("query", "key", "value"):
+            kernel = mappable(
+                functools.partial(ordered_kernel, by),
                 call.masking,
-                stages=1 if size > _WIDEST_FUSED else 2,
+                scale=call.scale,
+                stages=stages,
             )
-            for by in ("query", "key", "value")
-        ]
+            visited = lists if by == "query" else by_key
+            grads.append(kernel(arrays, (visited, looked_up)))
         return *grads, None, None
-    d_query, d_key, d_value = grad_kernel(
-        *arrays, by_key, looked_up, call.masking, scale=call.scale, stages=2
-    )
+    kernel = mappable(grad_kernel, call.masking, scale=call.scale, stages=2)
+    d_query, d_key, d_value = kernel(arrays, (by_key, looked_up))
     d_query = (d_query * call.scale).astype(query.dtype)
     return d_query, d_key, d_value, None, None
 

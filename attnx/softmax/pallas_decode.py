@@ -75,17 +75,17 @@ def _attention(call, query, key, value, leaves):
     predicate, looked_up = trace(
         seen, batch, key_heads, parts * ROWS, blocks * pallas.BLOCK
     )
-    out, lse = attention_kernel(
-        jnp.tile(rows, (1, parts, 1, 1)),
-        key,
-        value,
-        _lists(mask, query, key, parts),
-        looked_up,
+    kernel = pallas.mappable(
+        attention_kernel,
         Masking(ROWS, pallas.BLOCK, predicate),
         scale=call.scale,
         key_tile=pallas.key_tile(query, value),
         stages=2,
         warpgroups=1,
+    )
+    out, lse = kernel(
+        (jnp.tile(rows, (1, parts, 1, 1)), key, value),
+        (_lists(mask, query, key, parts), looked_up),
     )
     lse = jnp.swapaxes(lse, 1, 2) / LOG2E
 
