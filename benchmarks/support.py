@@ -22,7 +22,7 @@ def markdown() -> str:
 
 
 def _calls():
-    tokens = ((2, 256, 4, 32), (2, 256, 2, 32), (2, 256, 2, 32))
+    tokens = ((2, 256, 4, 64), (2, 256, 2, 64), (2, 256, 2, 64))
     lists = attnx.BlockMask.from_mask(
         attnx.masks.Causal(), 256, 256, block_size=(128, 128)
     )
@@ -38,7 +38,7 @@ def _calls():
         ),
         "decode_attention": (
             functools.partial(attnx.decode_attention, lengths=jnp.array([256, 9])),
-            ((2, 1, 4, 32), *tokens[1:]),
+            ((2, 1, 4, 64), *tokens[1:]),
         ),
         "linear_attention": (attnx.linear_attention, tokens),
     }

@@ -125,6 +125,15 @@ def load(ref, layout):
     return plgpu.load(*source, layout=layout, optimized=False)
 
 
+def load_transposed(ref):
+    """A tile in registers, from shared memory with its rows as columns."""
+    if interpreted():
+        return ref[...].T
+    columns = ref.transpose((1, 0))
+    x = load(columns, plgpu.Layout.WGMMA_TRANSPOSED)
+    return plgpu.layout_cast(x, TILE)
+
+
 def full(shape, value, layout, dtype=jnp.float32):
     """A constant in a layout."""
     x = jnp.full(shape, value, dtype)

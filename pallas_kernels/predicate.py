@@ -61,6 +61,10 @@ _ELEMENTWISE = {
 }
 
 
+# Outside, even where the array has one element.
+_LOOKUPS = {"dynamic_slice", "gather"}
+
+
 class Untraceable(ValueError):
     """A predicate that a kernel cannot evaluate, and why."""
 
@@ -123,7 +127,7 @@ def trace(
     jaxpr, constants, arguments = _inline(closed)
     depends = dict(zip(arguments, map(frozenset, _ARGUMENTS), strict=True))
     depends |= dict.fromkeys(constants, frozenset())
-    outside, wanted = set(constants), []
+    wanted, inside = [], []
     for var, x in constants.items():
         if jnp.size(x) == 1:
             wanted.append(var)
@@ -131,14 +135,15 @@ def trace(
         inputs = [x for x in eqn.invars if not isinstance(x, Literal)]
         on = frozenset().union(*(depends[x] for x in inputs))
         depends |= dict.fromkeys(eqn.outvars, on)
-        if all(_is_single(x) for x in (*eqn.invars, *eqn.outvars)):
-            name = eqn.primitive.name
+        name = eqn.primitive.name
+        single = all(_is_single(x) for x in (*eqn.invars, *eqn.outvars))
+        if single and name not in _LOOKUPS:
             if name not in _ELEMENTWISE | _SHAPE_ONLY:
                 raise Untraceable(f"the mask uses {name}, which kernels do not have")
+            inside.append(eqn)
             continue
-        outside |= set(eqn.outvars)
         wanted += [x for x in eqn.outvars if _is_single(x)]
-    used = {x for e in jaxpr.eqns for x in e.invars if not isinstance(x, Literal)}
+    used = {x for e in inside for x in e.invars if not isinstance(x, Literal)}
     used |= {x for x in jaxpr.outvars if not isinstance(x, Literal)}
     wanted = [x for x in wanted if x in used]
     lookups, arrays = [], []

@@ -76,6 +76,8 @@ def test_arrays_are_looked_up_outside_and_no_larger_than_they_must_be():
     predicate, arrays = traced(MASKS["window per head"])
     assert [lookup.by for lookup in predicate.lookups] == [None]
     assert [array.shape for array in arrays] == [(1, N, 1)]
+    predicate, arrays = traced(masks.Window(jnp.array([3]), 0))
+    assert [array.shape for array in arrays] == [(1, N, 1)]
     assert traced(MASKS["neighborhood"])[1] == []
 
 

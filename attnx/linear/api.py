@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from attnx._checks import expect, expect_float, expect_shape
 from attnx._dispatch import dispatch
-from attnx.linear import reference, xla
+from attnx.linear import pallas, reference, xla
 
 
 def linear_attention(
@@ -110,12 +110,13 @@ def linear_attention(
     candidates = {
         "reference": functools.partial(reference.linear_attention, **static),
         "xla": functools.partial(xla.linear_attention, **static),
+        "pallas": functools.partial(pallas.linear_attention, **static),
     }
     out, state = dispatch(
         "linear_attention",
         implementation,
         candidates,
-        unsupported,
+        functools.partial(unsupported, normalize=normalize),
         *(query, key, value, scale, log_decay, initial_state, segment_ids),
     )
     if unbatched:
@@ -132,8 +133,12 @@ def unsupported(
     log_decay: jax.Array | None,
     initial_state: jax.Array | None,
     segment_ids: jax.Array | None,
+    *,
+    normalize: bool = False,
 ) -> str | None:
     """Says why the implementation `name` cannot serve these operands, or None."""
+    if name == "pallas":
+        return pallas.unsupported(query, key, value, log_decay, normalize=normalize)
     return None
 
 

@@ -18,13 +18,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from attnx.linear.forget import by_token
 from attnx.linear.normalizer import append_ones, divide_by_last
 
 # Tokens a chunk. Longer chunks store fewer states and do more work inside the chunk.
 CHUNK = 64
-
-# A log decay that forgets everything: e^-1000 is 0 in float32 and in float64.
-FORGET = -1000.0
 
 
 class _Weights(NamedTuple):
@@ -57,7 +55,7 @@ def linear_attention(
     chunk_size = min(CHUNK, 1 << (length - 1).bit_length())
     # The first chunk is filled up in front, and that must not decay a state.
     filled = length % chunk_size > 0 and initial_state is not None
-    log_decay = _log_decay(log_decay, segment_ids, query, dtype, reverse, filled)
+    log_decay = by_token(log_decay, segment_ids, query, dtype, reverse, filled)
     if log_decay.ndim == 1:
         weights = _head_weights(jnp.tile(log_decay[:, None], chunk_size), scale)
         log_decay = None
@@ -207,26 +205,6 @@ def _channel_decay(q, k, v, log_decay, scale) -> tuple[jax.Array, _Weights]:
         size *= 2
     across = jnp.exp(until[..., -1, :, None])
     return out, _Weights(None, scale * jnp.exp(until), jnp.exp(after), across)
-
-
-def _log_decay(log_decay, segment_ids, query, dtype, reverse, filled) -> jax.Array:
-    """`[N]` if every token decays alike, or `[B, T, N]`, or `[B, T, N, H]`.
-
-    The first token of a new document forgets the old one.
-    """
-    batch, length, num_heads, _ = query.shape
-    if log_decay is None:
-        log_decay = jnp.zeros_like(query, dtype, shape=(num_heads,))
-        filled = False
-    log_decay = jnp.maximum(log_decay.astype(dtype), FORGET)
-    if log_decay.ndim == 1 and (filled or segment_ids is not None):
-        log_decay = jnp.broadcast_to(log_decay, (batch, length, num_heads))
-    if segment_ids is not None:
-        starts = segment_ids[:, 1:] != segment_ids[:, :-1]
-        starts = jnp.pad(starts, ((0, 0), (0, 1) if reverse else (1, 0)))
-        starts = starts.reshape(batch, length, *[1] * (log_decay.ndim - 2))
-        log_decay = jnp.where(starts, FORGET, log_decay)
-    return log_decay
 
 
 def _heads_first(x: jax.Array, num_heads: int) -> jax.Array:

@@ -18,6 +18,7 @@ from pallas_kernels.attention_grad import attention_grad as grad_kernel
 from pallas_kernels.attention_grad_ordered import (
     attention_grad_ordered as ordered_kernel,
 )
+from pallas_kernels.batching import mappable
 from pallas_kernels.predicate import Untraceable, trace
 
 BLOCK = 128
@@ -112,40 +113,6 @@ def key_tile(query: jax.Array, value: jax.Array) -> int:
     """Keys of one step of the forward kernel."""
     size = max(query.shape[-1], value.shape[-1])
     return BLOCK if size <= _WIDEST_FUSED else BLOCK // 2
-
-
-def mappable(kernel: Callable, *args, **options) -> Callable:
-    """`(tokens, shared) -> kernel(*tokens, *shared, *args, **options)` under `vmap`.
-
-    Mapped axes join the batch, which kernels walk anyway. All arrays lead with the
-    batch, those of `shared` perhaps with 1 in its place.
-    """
-
-    @jax.custom_batching.custom_vmap
-    def run(tokens, shared):
-        return kernel(*tokens, *shared, *args, **options)
-
-    @run.def_vmap
-    def _(size, mapped, tokens, shared):
-        batch = tokens[0].shape[1 if mapped[0][0] else 0]
-
-        def join(x, is_mapped):
-            if not is_mapped:
-                x = jnp.broadcast_to(x, (size, *x.shape))
-            elif x.shape[1] < batch:
-                x = jnp.repeat(x, batch, axis=1)
-            return x.reshape(-1, *x.shape[2:])
-
-        def join_shared(x, is_mapped):
-            return join(x, is_mapped) if is_mapped or x.shape[0] > 1 else x
-
-        tokens = jax.tree.map(join, tokens, mapped[0])
-        shared = jax.tree.map(join_shared, shared, mapped[1])
-        out = run(tokens, shared)
-        split = lambda x: x.reshape(size, batch, *x.shape[1:])
-        return jax.tree.map(split, out), jax.tree.map(lambda _: True, out)
-
-    return run
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

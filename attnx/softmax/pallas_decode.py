@@ -19,6 +19,7 @@ from attnx.softmax.mask import Mask
 from attnx.softmax.merge import merge_attention
 from pallas_kernels.attention import LOG2E, ROWS, Lists, Masking
 from pallas_kernels.attention import attention as attention_kernel
+from pallas_kernels.batching import mappable
 from pallas_kernels.predicate import trace
 
 # Blocks of threads that fill an H100 twice over.
@@ -75,7 +76,7 @@ def _attention(call, query, key, value, leaves):
     predicate, looked_up = trace(
         seen, batch, key_heads, parts * ROWS, blocks * pallas.BLOCK
     )
-    kernel = pallas.mappable(
+    kernel = mappable(
         attention_kernel,
         Masking(ROWS, pallas.BLOCK, predicate),
         scale=call.scale,

@@ -1,0 +1,205 @@
+"""Linear attention by the GPU kernel of `pallas_kernels`.
+
+Where batch and heads leave the device idle, the sequence is cut into pieces: what each
+adds to the state is summed first, a scan over pieces gives the states that enter them,
+and then all pieces are attended side by side (arXiv 2401.04658 with section 4.2 of
+arXiv 2312.06635).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from attnx.linear import xla
+from attnx.linear.forget import by_token
+from pallas_kernels.batching import mappable
+from pallas_kernels.linear_attention import CHUNK, Weights, linear_scan
+
+HEAD_SIZES = (64, 128, 256)
+LOG2E = 1.4426950408889634
+# Streaming multiprocessors of an H100: a block of threads fills one.
+_BLOCKS = 132
+# Shorter pieces spend more on their states than they gain.
+_MIN_CHUNKS = 4
+# A log decay below which float32 knows no weight: e^-128 is 0.
+_LEAST = -128.0
+_PLAIN = {"reverse": False, "normalize": False}
+
+
+def linear_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    scale: jax.Array,
+    log_decay: jax.Array | None,
+    initial_state: jax.Array | None,
+    segment_ids: jax.Array | None,
+    *,
+    reverse: bool,
+    normalize: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """See `attnx.linear_attention`; returns the output and the final state."""
+    del normalize
+    length = query.shape[1]
+    if initial_state is None:
+        empty = jnp.zeros_like(query[:, 0, ..., None], jnp.float32)
+        initial_state = jnp.broadcast_to(empty, (*empty.shape[:3], value.shape[-1]))
+    pieces = _pieces(query, value)
+    fill = -length % (CHUNK * pieces)
+    log_decay = by_token(log_decay, segment_ids, query, jnp.float32, reverse, fill > 0)
+    log_decay = jnp.maximum(log_decay, _LEAST)
+    tokens = [query, key, value]
+    tokens += [log_decay] if log_decay.ndim == 3 else []
+    if reverse:
+        tokens = [jnp.flip(x, 1) for x in tokens]
+    if fill:  # Keys that add nothing, and no decay.
+        rest = lambda x: ((0, 0),) * (x.ndim - 2)
+        tokens = [jnp.pad(x, ((0, 0), (0, fill), *rest(x))) for x in tokens]
+    query, key, value, *by = tokens
+    log_decay = by[0] if by else log_decay
+    out, state = _attention(pieces, query, key, value, scale, log_decay, initial_state)
+    out = out[:, :length]
+    return (jnp.flip(out, 1) if reverse else out), state
+
+
+def unsupported(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    log_decay: jax.Array | None,
+    *,
+    normalize: bool,
+) -> str | None:
+    """Why the kernel cannot serve a call, or None."""
+    for x in (query, key, value):
+        if x.dtype not in (jnp.bfloat16, jnp.float16):
+            return f"the kernel takes bfloat16 and float16, not {x.dtype}"
+        if x.dtype != query.dtype:
+            return f"the kernel takes one dtype, not {query.dtype} and {x.dtype}"
+        if x.shape[-1] not in HEAD_SIZES:
+            return f"the kernel takes head sizes {HEAD_SIZES}, not {x.shape[-1]}"
+    if log_decay is not None and log_decay.ndim == 4:
+        return "the kernel takes a decay per head or token, not per channel"
+    if normalize:
+        return "the kernel does not normalize"
+    if jax.default_backend() == "gpu":
+        found = getattr(jax.devices()[0], "compute_capability", "9.0")
+        if str(found) != "9.0":
+            return f"the kernel is for compute capability 9.0, not {found}"
+    return None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(pieces, query, key, value, scale, log_decay, initial_state):
+    return _forward(pieces, query, key, value, scale, log_decay, initial_state)[0]
+
+
+def _forward(pieces, query, key, value, scale, log_decay, initial_state):
+    weights = _weights(log_decay, scale, transposed=False)
+    entering = _entering(pieces, key, value, initial_state, weights, transposed=False)
+    out, leaving = _scan((query, key, value, entering), weights, transposed=False)
+    residuals = query, key, value, scale, log_decay, entering, out
+    return (out, leaving[:, :, -1]), residuals
+
+
+def _backward(pieces, residuals, cotangents):
+    """Each gradient is again a sum over earlier tokens, or over later ones."""
+    query, key, value, scale, log_decay, entering, out = residuals
+    d_out, d_last = cotangents
+    d_query, _ = _scan(
+        (d_out, value, key, entering.mT),
+        _weights(log_decay, scale, transposed=False),
+        transposed=False,
+    )
+    weights = _weights(log_decay, scale, transposed=True)
+    d_leaving = _entering(pieces, query, d_out, d_last, weights, transposed=True)
+    d_key, _ = _scan((value, d_out, query, d_leaving.mT), weights, transposed=True)
+    d_value, d_entering = _scan(
+        (key, query, d_out, d_leaving), weights, transposed=True
+    )
+    # By tokens, it is a difference of long sums that bfloat16 gradients would drown: so
+    # xla takes it from the start, where anything asks for it.
+    of_decay = lambda log_decay: xla.linear_attention(
+        query, key, value, scale, log_decay, entering[:, :, 0], None, **_PLAIN
+    )
+    (d_log_decay,) = jax.vjp(of_decay, log_decay)[1](cotangents)
+    d_scale = jnp.einsum("btnv,btnv->", out, d_out, preferred_element_type=jnp.float32)
+    return (
+        d_query,
+        _of_groups(d_key, key),
+        _of_groups(d_value, value),
+        (d_scale / scale).astype(scale.dtype),
+        d_log_decay,
+        d_entering[:, :, 0],
+    )
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _scan(tokens, weights, *, transposed):
+    return mappable(linear_scan, transposed=transposed)(tokens, (weights,))
+
+
+def _entering(pieces, key, value, state, weights, *, transposed):
+    """The states that enter the pieces, from the one that enters the first."""
+    if pieces == 1:
+        return state[:, :, None]
+    empty = jnp.zeros_like(state)[:, :, None]
+    empty = jnp.broadcast_to(empty, (*state.shape[:2], pieces, *state.shape[2:]))
+    _, added = _scan((None, key, value, empty), weights, transposed=transposed)
+    chunks = key.shape[1] // CHUNK
+    across = jnp.broadcast_to(weights.across, (*weights.across.shape[:2], chunks))
+    across = across.reshape(*across.shape[:2], pieces, -1).prod(-1)
+    across = jnp.broadcast_to(across, (*state.shape[:2], pieces))
+
+    def step(state, piece):
+        across, added = piece
+        return across[..., None, None] * state + added, state
+
+    each = jnp.moveaxis(across, 2, 0), jnp.moveaxis(added, 2, 0)
+    _, entering = jax.lax.scan(step, state, each, reverse=transposed)
+    return jnp.moveaxis(entering, 0, 2)
+
+
+def _weights(log_decay, scale, *, transposed) -> Weights:
+    """Of log decays `[N]`, or `[B, T, N]`."""
+    if log_decay.ndim == 1:
+        log_decay = jnp.broadcast_to(
+            log_decay[:, None, None], (*log_decay.shape, 1, CHUNK)
+        )[None]
+    else:
+        log_decay = jnp.swapaxes(log_decay, 1, 2)
+        log_decay = log_decay.reshape(*log_decay.shape[:2], -1, CHUNK)
+    since = jnp.cumsum(log_decay * LOG2E, -1)
+    total = since[..., -1:]
+    until = total - since
+    first, last = (until, since) if transposed else (since, until)
+    by_first, by_last = (1.0, scale) if transposed else (scale, 1.0)
+    flat = lambda x: x.reshape(*x.shape[:2], -1)
+    return Weights(
+        within=flat(-since if transposed else since),
+        entering=flat(by_first * jnp.exp2(first)),
+        leaving=flat(by_last * jnp.exp2(last)),
+        across=flat(jnp.exp2(total)),
+        scale=scale[None],
+    )
+
+
+def _of_groups(gradient, array):
+    """The sum over the heads that share a key head."""
+    *tokens, heads, size = array.shape
+    if gradient.shape[2] == heads:
+        return gradient
+    gradient = gradient.reshape(*tokens, heads, -1, size)
+    return gradient.astype(jnp.float32).sum(3).astype(array.dtype)
+
+
+def _pieces(query: jax.Array, value: jax.Array) -> int:
+    """As many pieces as fill the device."""
+    batch, length, heads, _ = query.shape
+    chunks = -(-length // CHUNK)
+    return max(1, min(_BLOCKS // (batch * heads), chunks // _MIN_CHUNKS))

@@ -1,0 +1,284 @@
+"""Chunked linear attention on Hopper: one kernel for the forward and each gradient.
+
+One block of threads walks the chunks of one head. The state stays in the registers of
+two warpgroups, in float32, and is copied to shared memory once a chunk, where matrix
+products can read it. A third warpgroup copies the tokens of the chunks ahead.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import mosaic
+from pallas_kernels.mosaic import COL, ROW, TILE
+
+CHUNK = 128
+ROWS = CHUNK // 2  # One warpgroup's tokens.
+# Of the state, what one block of threads holds.
+_COLUMNS, _ELEMENTS = 128, 128 * 128
+
+
+class Weights(NamedTuple):
+    """What remains of a token, float32.
+
+    The first axes are `[B or 1, N]`, and the tokens those of all chunks, or of one if
+    every chunk is alike.
+
+    Attributes:
+      within: token i weighs token j of its chunk by `2 ** (within[i] - within[j])`.
+      entering: by what each token weighs the state that enters its chunk.
+      leaving: by what it adds to the state that leaves.
+      across: `[B or 1, N, chunks or 1]`, by what a chunk weighs the entering state.
+      scale: `[B or 1]`, a factor on what tokens of one chunk see of each other.
+    """
+
+    within: jax.Array
+    entering: jax.Array
+    leaving: jax.Array
+    across: jax.Array
+    scale: jax.Array
+
+
+def linear_scan(
+    query: jax.Array | None,
+    key: jax.Array,
+    value: jax.Array,
+    state: jax.Array,
+    weights: Weights,
+    *,
+    transposed: bool,
+) -> tuple[jax.Array | None, jax.Array]:
+    """`sum_j weight(i, j) (query_i . key_j) value_j` over the tokens j up to i.
+
+    Heads of each array divide N, the number of heads of `state`.
+
+    Args:
+      query: `[B, T, *, H]`, T a multiple of `CHUNK`; None if states alone are wanted.
+      key: `[B, T, *, H]`.
+      value: `[B, T, *, V]`.
+      state: what enters each piece of the sequence, float32 `[B, N, pieces, H, V]`;
+        the pieces are equally long, a multiple of `CHUNK`.
+      weights: for `transposed` those of the transposed sum.
+      transposed: sums over the tokens from i on; states enter from the right.
+
+    Returns:
+      The sums `[B, T, N, V]`, in value's dtype, and what leaves each piece, as `state`.
+    """
+    batch, heads, pieces, size, value_size = state.shape
+    length, dtype = key.shape[1], key.dtype
+    chunks = length // CHUNK // pieces
+    columns = min(value_size, _COLUMNS, _ELEMENTS // size)
+    splits = value_size // columns
+    # Each warpgroup holds half of the state: half of its rows, or of its columns.
+    by_rows = size >= 2 * ROWS
+    rows_held, columns_held = (size // 2, columns) if by_rows else (size, columns // 2)
+    swizzle = mosaic.swizzle_of(min(size, columns_held), dtype)
+    stages = min(2 if size < 256 else 1, chunks)  # what shared memory has room for
+    inputs = {"query": query, "key": key, "value": value}
+    inputs = {name: x for name, x in inputs.items() if x is not None}
+    shape = (ROWS, CHUNK)
+
+    def body(*refs):
+        tokens_g = dict(zip(inputs, refs, strict=False))
+        state_g, *rest = refs[len(inputs) :]
+        weights_g, rest = Weights(*rest[: len(weights)]), rest[len(weights) :]
+        if query is not None:
+            out_g, *rest = rest
+        last_g, *local = rest
+        tokens_s, local = dict(zip(inputs, local, strict=False)), local[len(inputs) :]
+        fulls, local = dict(zip(inputs, local, strict=False)), local[len(inputs) :]
+        frees, local = dict(zip(inputs, local, strict=False)), local[len(inputs) :]
+        state_s, out_s, read, written = local
+        h, part, b = (lax.axis_index(axis) for axis in ("h", "part", "b"))
+        wg = lax.axis_index("wg")
+        piece, split = (
+            lax.div(part, jnp.int32(splits)),
+            lax.rem(part, jnp.int32(splits)),
+        )
+        first_column = split * columns
+
+        def chunk_of(n):
+            return piece * chunks + (chunks - 1 - n if transposed else n)
+
+        def weight(ref, chunk, layout, start=0, count=CHUNK):
+            alike = ref.shape[2] == CHUNK
+            tokens = pl.ds(start if alike else chunk * CHUNK + start, count)
+            row = jnp.int32(0) if ref.shape[0] == 1 else b
+            return mosaic.load(ref.at[row, h, tokens], layout)
+
+        def consume():
+            plgpu.set_max_registers(240, action="increase")
+            first_row = wg * ROWS
+            held = (
+                (pl.ds(wg * rows_held, rows_held), pl.ds(0, columns))
+                if by_rows
+                else (pl.ds(0, size), pl.ds(wg * columns_held, columns_held))
+            )
+            held_g = (
+                b,
+                h,
+                piece,
+                held[0],
+                pl.ds(first_column + held[1].start, columns_held),
+            )
+            alone = weights_g.scale.shape[0] == 1
+            scale = weights_g.scale[jnp.int32(0) if alone else b]
+
+            def publish(state):
+                """For both warpgroups to read; both have read what was there."""
+                state_s.at[*held][...] = state.astype(dtype)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(written)
+                plgpu.barrier_wait(written)
+
+            state = mosaic.load(state_g.at[*held_g], TILE)
+            if query is not None:
+                publish(state)
+
+            def outputs(chunk, slot):
+                q = tokens_s["query"].at[slot, pl.ds(first_row, ROWS)]
+                plgpu.barrier_wait(fulls["query"].at[slot])
+                scores = mosaic.product(q, mosaic.transposed(tokens_s["key"].at[slot]))
+                own = weight(weights_g.within, chunk, ROW, first_row, ROWS)
+                other = weight(weights_g.within, chunk, COL)
+                age = mosaic.along(own, 0, shape) - mosaic.along(other, 1, shape)
+                i = mosaic.along(first_row + mosaic.iota(ROWS, 0), 0, shape)
+                j = mosaic.along(mosaic.iota(CHUNK, 1), 1, shape)
+                seen = i <= j if transposed else i >= j
+                # Beyond the mask lie overflows, so it is inside the exponential.
+                decay = jnp.exp2(jnp.where(seen, age, -jnp.inf))
+                p = (scores * decay * scale).astype(dtype)
+                out = mosaic.product(q, state_s)
+                entering = weight(weights_g.entering, chunk, ROW, first_row, ROWS)
+                out = out * mosaic.along(entering, 0, out.shape)
+                plgpu.barrier_arrive(read)
+                plgpu.barrier_wait(fulls["value"].at[slot])
+                return mosaic.accumulated(out, p, tokens_s["value"].at[slot])
+
+            def write(out, chunk, slot):
+                rows = pl.ds(first_row, ROWS)
+                staged = (
+                    out_s.at[rows]
+                    if out_s is not None
+                    else (tokens_s["query"].at[slot, rows])
+                )
+                if out_s is not None:
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                staged[...] = out.astype(dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(
+                    staged,
+                    out_g.at[
+                        b,
+                        pl.ds(chunk * CHUNK + first_row, ROWS),
+                        h,
+                        pl.ds(first_column, columns),
+                    ],
+                )
+                if out_s is None:
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.barrier_arrive(frees["query"].at[slot])
+
+            def step(n, state):
+                slot = lax.rem(n, jnp.int32(stages))
+                chunk = chunk_of(n)
+                plgpu.barrier_wait(fulls["key"].at[slot])
+                if query is not None:
+                    out = outputs(chunk, slot)
+                else:
+                    plgpu.barrier_wait(fulls["value"].at[slot])
+                k = mosaic.load_transposed(tokens_s["key"].at[slot, :, held[0]])
+                leaving = weight(weights_g.leaving, chunk, COL)
+                k = k.astype(jnp.float32) * mosaic.along(leaving, 1, k.shape)
+                row = jnp.int32(0) if weights_g.across.shape[0] == 1 else b
+                alike = weights_g.across.shape[2] == 1
+                across = weights_g.across[row, h, jnp.int32(0) if alike else chunk]
+                state = mosaic.accumulated(
+                    state * across,
+                    k.astype(dtype),
+                    tokens_s["value"].at[slot, :, held[1]],
+                )
+                plgpu.barrier_arrive(frees["key"].at[slot])
+                plgpu.barrier_arrive(frees["value"].at[slot])
+                if query is not None:
+                    plgpu.barrier_wait(read)
+                    publish(state)
+                    write(out, chunk, slot)
+                return state
+
+            state = lax.fori_loop(0, chunks, step, state)
+            last_g.at[*held_g][...] = state
+            plgpu.wait_smem_to_gmem(0)
+
+        def produce():
+            plgpu.set_max_registers(24, action="decrease")
+
+            @mosaic.by_one_warp
+            def _():
+                @pl.loop(0, chunks)
+                def _(n):
+                    slot = lax.rem(n, jnp.int32(stages))
+                    tokens = pl.ds(chunk_of(n) * CHUNK, CHUNK)
+                    for name, gmem in tokens_g.items():
+
+                        @pl.when(n >= stages)
+                        def _(free=frees[name]):
+                            plgpu.barrier_wait(free.at[slot])
+
+                        head = lax.div(h, jnp.int32(heads // gmem.shape[2]))
+                        source = gmem.at[b, tokens, head]
+                        if name == "value":
+                            source = gmem.at[
+                                b, tokens, head, pl.ds(first_column, columns)
+                            ]
+                        plgpu.copy_gmem_to_smem(
+                            source, tokens_s[name].at[slot], fulls[name].at[slot]
+                        )
+
+                @pl.loop(chunks - stages, chunks)
+                def _(n):
+                    for free in frees.values():
+                        plgpu.barrier_wait(free.at[lax.rem(n, jnp.int32(stages))])
+
+        pl.when(wg < 2)(consume)
+        pl.when(wg == 2)(produce)
+
+    slots = functools.partial(plgpu.Barrier, num_barriers=stages)
+    widths = {"query": size, "key": size, "value": columns}
+    outputs = [jax.ShapeDtypeStruct(state.shape, jnp.float32)]
+    if query is not None:
+        out = jax.ShapeDtypeStruct((batch, length, heads, value_size), dtype)
+        outputs.insert(0, out)
+    staged = query is not None and size != columns
+    results = mosaic.call(
+        body,
+        (*inputs.values(), state, *weights),
+        tuple(outputs),
+        scratch=[
+            *(
+                mosaic.tiled((stages, CHUNK, widths[name]), dtype, swizzle)
+                for name in inputs
+            ),
+            *(slots() for _ in inputs),
+            *(slots(num_arrivals=2) for _ in inputs),
+            mosaic.tiled((size, columns), dtype, swizzle)
+            if query is not None
+            else None,
+            mosaic.tiled((CHUNK, columns), dtype, swizzle) if staged else None,
+            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_arrivals=2),
+        ],
+        grid=(heads, pieces * splits, batch),
+        grid_names=("h", "part", "b"),
+        num_threads=3,
+        thread_name="wg",
+        kernel_name="linear_scan" + "_transposed" * transposed,
+    )
+    return (None, *results) if query is None else results

@@ -1,0 +1,155 @@
+"""The GPU kernel of linear attention: lowered for CUDA, and interpreted."""
+
+import functools
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from helpers import assert_matches, normal
+
+import attnx
+from attnx.linear import pallas
+from pallas_kernels import mosaic
+
+SINCE_0_11 = jax.__version_info__ >= (0, 11)
+SIZES = list(itertools.product((64, 128, 256), repeat=2))
+# heads, key heads, length, key size, value size, decay, options
+CASES = {
+    "no decay": (1, 1, 256, 128, 128, None, {}),
+    "per head, ragged": (2, 1, 200, 64, 64, "head", {}),
+    "per token": (1, 1, 256, 64, 128, "token", {}),
+    "documents": (
+        1,
+        1,
+        128,
+        128,
+        64,
+        "token",
+        {"segment_ids": jnp.repeat(jnp.arange(4), 32)[None]},
+    ),
+    "reverse": (1, 1, 150, 64, 64, "token", {"reverse": True}),
+    "wide": (1, 1, 128, 256, 256, "head", {}),
+}
+INTERPRETED = list(CASES) if SINCE_0_11 else ["per head, ragged"]
+
+
+def arrays(name, dtype="bfloat16"):
+    """Query, key, value, initial state and, if there is one, log decay."""
+    heads, key_heads, length, size, value_size, decay, _ = CASES[name]
+    tokens = normal(
+        0,
+        (1, length, heads, size),
+        (1, length, key_heads, size),
+        (1, length, key_heads, value_size),
+        dtype=dtype,
+    )
+    by = {"head": (heads,), "token": (1, length, heads)}.get(decay)
+    state, *decays = normal(1, (1, heads, size, value_size), *[by] if by else [])
+    return *tokens, state, *(-jnp.abs(x) / 20 for x in decays)
+
+
+def attention(implementation, **options):
+    def fn(query, key, value, state, log_decay=None):
+        return attnx.linear_attention(
+            query,
+            key,
+            value,
+            log_decay=log_decay,
+            initial_state=state,
+            implementation=implementation,
+            return_state=True,
+            **options,
+        )
+
+    return fn
+
+
+def calls(fn, *args):
+    """How often the kernel is called in a program for CUDA."""
+    text = jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    return len(re.findall(r"custom_call @mosaic_gpu", text))
+
+
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_matches_the_reference(name):
+    options = CASES[name][-1]
+    with mosaic.interpret():
+        assert_matches(
+            attention("pallas", **options),
+            attention("reference", **options),
+            arrays(name),
+        )
+
+
+@pytest.mark.parametrize("decay", ["head", "token"])
+def test_a_sequence_in_pieces_is_the_whole(decay, monkeypatch):
+    monkeypatch.setattr(pallas, "_pieces", lambda *_: 2)
+    name = {"head": "per head, ragged", "token": "per token"}[decay]
+    with mosaic.interpret():
+        assert_matches(attention("pallas"), attention("reference"), arrays(name))
+
+
+@pytest.mark.skipif(not SINCE_0_11, reason="the detector came with jax 0.11")
+def test_no_memory_is_raced_for():
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    with mosaic.interpret(detect_races=True):
+        jax.block_until_ready(jax.jit(attention("pallas"))(*arrays("no decay")))
+        assert not gpu_callbacks.get_races().races_found
+
+
+def test_a_mapped_axis_joins_the_batch():
+    tokens = [x[None] for x in arrays("per token")]
+    with mosaic.interpret():
+        assert_matches(
+            jax.vmap(attention("pallas")), jax.vmap(attention("reference")), tokens
+        )
+
+
+@pytest.mark.parametrize(("size", "value_size"), SIZES)
+def test_lowers_for_cuda(size, value_size):
+    shapes = [(2, 8192, 2, size)] * 2 + [(2, 8192, 2, value_size)]
+    tokens = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+
+    def gradients(*tokens):
+        out, pull = jax.vjp(
+            functools.partial(attnx.linear_attention, implementation="pallas"), *tokens
+        )
+        return pull(out)
+
+    # Both directions sum the pieces' states first; then the outputs, and 3 gradients.
+    assert calls(gradients, *tokens) == 6
+
+
+def test_a_short_sequence_is_one_piece():
+    assert calls(attention("pallas"), *arrays("no decay")) == 1
+
+
+@pytest.mark.parametrize(
+    ("reason", "dtype", "size", "options"),
+    [
+        ("takes bfloat16 and float16, not float32", "float32", 64, {}),
+        ("takes head sizes .*, not 48", "bfloat16", 48, {}),
+        ("does not normalize", "bfloat16", 64, {"normalize": True}),
+        ("not per channel", "bfloat16", 64, {"log_decay": jnp.zeros((1, 256, 2, 64))}),
+    ],
+)
+def test_what_is_not_served_says_why(reason, dtype, size, options):
+    x = jax.ShapeDtypeStruct((1, 256, 2, size), dtype)
+    call = functools.partial(attnx.linear_attention, implementation="pallas", **options)
+    with pytest.raises(NotImplementedError, match=reason):
+        jax.eval_shape(call, x, x, x)
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", CASES)
+def test_matches_the_reference_on_a_gpu(name, dtype):
+    options = CASES[name][-1]
+    assert_matches(
+        attention("pallas", **options),
+        attention("reference", **options),
+        arrays(name, dtype),
+    )
