@@ -42,8 +42,8 @@ class Case(NamedTuple):
             jax.random.normal(key, shape, self.dtype)
             for key, shape in zip(keys, self.shapes, strict=True)
         ]
-        # The only one-dimensional array there is: one log decay a head.
-        return [-jnp.abs(x) / 8 if x.ndim == 1 else x for x in arrays]
+        # Log decays, one a head or one a token and head.
+        return [-jnp.abs(x) / 8 if x.ndim in (1, 3) else x for x in arrays]
 
 
 def cases() -> Iterator[Case]:

@@ -126,6 +126,9 @@ def cases() -> Iterator[tuple[str, Callable, tuple]]:
         ):
             yield f"{name} H{size}", fn, structs
             yield f"{name} H{size} backward", _backward(fn), structs
+        linear = functools.partial(attnx.linear_attention, implementation="pallas")
+        yield f"linear H{size}", linear, (tokens,) * 3
+        yield f"linear H{size} backward", _backward(linear), (tokens,) * 3
         lengths = jax.ShapeDtypeStruct((2,), jnp.int32)
         decode = functools.partial(attnx.decode_attention, implementation="pallas")
         structs = (_bfloat16(2, 1, 8, size), grouped, grouped, lengths)

@@ -10,9 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import attnx
+from benchmarks import peers
 from benchmarks.cases import Case
 
 BLOCK = 128
+# Of all sequences of a batch, where time against length is measured.
+TOKENS = 1 << 20
 
 
 def cases() -> Iterator[Case]:
@@ -29,6 +32,13 @@ def cases() -> Iterator[Case]:
     for percent in (5, 10, 25, 50):
         yield blocks(percent, 1, 32768, 16, 128)
     yield decode(32, 32768, 32, 8, 128)
+    for batch, length, heads in ((8, 2048, 16), (4, 4096, 32), (1, 16384, 32)):
+        yield linear("per head", batch, length, heads, 128)
+    yield linear("per token", 4, 4096, 32, 128)
+    for batch, length in ((8, 16384), (1, 131072)):
+        yield linear("per head", batch, length, 16, 128)
+    for power in (10, 12, 14, 16, 18, 20):
+        yield linear("per head", TOKENS >> power, 1 << power, 4, 128)
 
 
 def dense(
@@ -139,6 +149,42 @@ def decode(batch: int, length: int, heads: int, kv_heads: int, size: int) -> Cas
         "bfloat16",
         ("forward",),
         {"copy": copy},
+    )
+
+
+def linear(kind: str, batch: int, length: int, heads: int, size: int) -> Case:
+    """Linear attention with a decay, beside a copy and beside causal softmax."""
+    tokens = (batch, length, heads, size)
+    shapes, candidates = (tokens,) * 3, {}
+    if kind == "per token":
+        shapes += (tokens[:3],)
+    else:
+        slopes = attnx.decay.retnet(heads)
+        candidates["chunked_einsum"] = functools.partial(
+            peers.chunked_einsum, log_decay=slopes
+        )
+
+    def attention(query, key, value, log_decay=None, *, implementation):
+        log_decay = slopes if log_decay is None else log_decay
+        return attnx.linear_attention(
+            query, key, value, log_decay=log_decay, implementation=implementation
+        )
+
+    def copy(query, key, *_):
+        # As many bytes read and written as attention reads and writes.
+        return -query, -key
+
+    def softmax(query, key, value, *_):
+        return _cudnn(is_causal=True)(query, key, value)
+
+    return Case(
+        "linear_attention",
+        f"{kind} decay B{batch} T{length} N{heads} H{size}",
+        shapes,
+        {**candidates, **_ours(attention)},
+        functools.partial(linear, kind, 2, 1024, heads, size),
+        "bfloat16",
+        yardsticks={"copy": copy, "causal cudnn": softmax},
     )
 
 

@@ -92,9 +92,8 @@ def linear_scan(
         if query is not None:
             out_g, *rest = rest
         last_g, *local = rest
-        tokens_s, local = dict(zip(inputs, local, strict=False)), local[len(inputs) :]
-        fulls, local = dict(zip(inputs, local, strict=False)), local[len(inputs) :]
-        frees, local = dict(zip(inputs, local, strict=False)), local[len(inputs) :]
+        stream, local = Stream.of(inputs, local)
+        tokens_s, fulls, frees = stream
         state_s, out_s, read, written = local
         h, part, b = (lax.axis_index(axis) for axis in ("h", "part", "b"))
         wg = lax.axis_index("wg")
@@ -107,11 +106,7 @@ def linear_scan(
         def chunk_of(n):
             return piece * chunks + (chunks - 1 - n if transposed else n)
 
-        def weight(ref, chunk, layout, start=0, count=CHUNK):
-            alike = ref.shape[2] == CHUNK
-            tokens = pl.ds(start if alike else chunk * CHUNK + start, count)
-            row = jnp.int32(0) if ref.shape[0] == 1 else b
-            return mosaic.load(ref.at[row, h, tokens], layout)
+        look_up = LookUp(weights_g, b, h, CHUNK)
 
         def consume():
             plgpu.set_max_registers(240, action="increase")
@@ -128,8 +123,6 @@ def linear_scan(
                 held[0],
                 pl.ds(first_column + held[1].start, columns_held),
             )
-            alone = weights_g.scale.shape[0] == 1
-            scale = weights_g.scale[jnp.int32(0) if alone else b]
 
             def publish(state):
                 """For both warpgroups to read; both have read what was there."""
@@ -146,17 +139,10 @@ def linear_scan(
                 q = tokens_s["query"].at[slot, pl.ds(first_row, ROWS)]
                 plgpu.barrier_wait(fulls["query"].at[slot])
                 scores = mosaic.product(q, mosaic.transposed(tokens_s["key"].at[slot]))
-                own = weight(weights_g.within, chunk, ROW, first_row, ROWS)
-                other = weight(weights_g.within, chunk, COL)
-                age = mosaic.along(own, 0, shape) - mosaic.along(other, 1, shape)
-                i = mosaic.along(first_row + mosaic.iota(ROWS, 0), 0, shape)
-                j = mosaic.along(mosaic.iota(CHUNK, 1), 1, shape)
-                seen = i <= j if transposed else i >= j
-                # Beyond the mask lie overflows, so it is inside the exponential.
-                decay = jnp.exp2(jnp.where(seen, age, -jnp.inf))
-                p = (scores * decay * scale).astype(dtype)
+                decay = look_up.within(chunk, first_row, shape, transposed)
+                p = (scores * decay).astype(dtype)
                 out = mosaic.product(q, state_s)
-                entering = weight(weights_g.entering, chunk, ROW, first_row, ROWS)
+                entering = look_up("entering", chunk, ROW, first_row, ROWS)
                 out = out * mosaic.along(entering, 0, out.shape)
                 plgpu.barrier_arrive(read)
                 plgpu.barrier_wait(fulls["value"].at[slot])
@@ -195,13 +181,10 @@ def linear_scan(
                 else:
                     plgpu.barrier_wait(fulls["value"].at[slot])
                 k = mosaic.load_transposed(tokens_s["key"].at[slot, :, held[0]])
-                leaving = weight(weights_g.leaving, chunk, COL)
+                leaving = look_up("leaving", chunk, COL)
                 k = k.astype(jnp.float32) * mosaic.along(leaving, 1, k.shape)
-                row = jnp.int32(0) if weights_g.across.shape[0] == 1 else b
-                alike = weights_g.across.shape[2] == 1
-                across = weights_g.across[row, h, jnp.int32(0) if alike else chunk]
                 state = mosaic.accumulated(
-                    state * across,
+                    state * look_up.across(chunk),
                     k.astype(dtype),
                     tokens_s["value"].at[slot, :, held[1]],
                 )
@@ -220,37 +203,19 @@ def linear_scan(
         def produce():
             plgpu.set_max_registers(24, action="decrease")
 
-            @mosaic.by_one_warp
-            def _():
-                @pl.loop(0, chunks)
-                def _(n):
-                    slot = lax.rem(n, jnp.int32(stages))
-                    tokens = pl.ds(chunk_of(n) * CHUNK, CHUNK)
-                    for name, gmem in tokens_g.items():
+            def source(name, n):
+                gmem = tokens_g[name]
+                tokens = pl.ds(chunk_of(n) * CHUNK, CHUNK)
+                head = lax.div(h, jnp.int32(heads // gmem.shape[2]))
+                if name == "value":
+                    return gmem.at[b, tokens, head, pl.ds(first_column, columns)]
+                return gmem.at[b, tokens, head]
 
-                        @pl.when(n >= stages)
-                        def _(free=frees[name]):
-                            plgpu.barrier_wait(free.at[slot])
-
-                        head = lax.div(h, jnp.int32(heads // gmem.shape[2]))
-                        source = gmem.at[b, tokens, head]
-                        if name == "value":
-                            source = gmem.at[
-                                b, tokens, head, pl.ds(first_column, columns)
-                            ]
-                        plgpu.copy_gmem_to_smem(
-                            source, tokens_s[name].at[slot], fulls[name].at[slot]
-                        )
-
-                @pl.loop(chunks - stages, chunks)
-                def _(n):
-                    for free in frees.values():
-                        plgpu.barrier_wait(free.at[lax.rem(n, jnp.int32(stages))])
+            mosaic.by_one_warp(lambda: stream.copy(source, chunks, stages))
 
         pl.when(wg < 2)(consume)
         pl.when(wg == 2)(produce)
 
-    slots = functools.partial(plgpu.Barrier, num_barriers=stages)
     widths = {"query": size, "key": size, "value": columns}
     outputs = [jax.ShapeDtypeStruct(state.shape, jnp.float32)]
     if query is not None:
@@ -262,12 +227,9 @@ def linear_scan(
         (*inputs.values(), state, *weights),
         tuple(outputs),
         scratch=[
-            *(
-                mosaic.tiled((stages, CHUNK, widths[name]), dtype, swizzle)
-                for name in inputs
+            *Stream.scratch(
+                {name: (CHUNK, widths[name]) for name in inputs}, dtype, swizzle, stages
             ),
-            *(slots() for _ in inputs),
-            *(slots(num_arrivals=2) for _ in inputs),
             mosaic.tiled((size, columns), dtype, swizzle)
             if query is not None
             else None,
@@ -282,3 +244,85 @@ def linear_scan(
         kernel_name="linear_scan" + "_transposed" * transposed,
     )
     return (None, *results) if query is None else results
+
+
+class Stream(NamedTuple):
+    """Chunks of several arrays on their way through shared memory, by array."""
+
+    tokens: dict
+    full: dict
+    free: dict
+
+    @staticmethod
+    def scratch(shapes: dict, dtype, swizzle: int, stages: int, readers=None) -> list:
+        """What `of` takes apart; `readers` are the warpgroups that read each array."""
+        readers = readers or dict.fromkeys(shapes, 2)
+        slots = functools.partial(plgpu.Barrier, num_barriers=stages)
+        tokens = [mosaic.tiled((stages, *x), dtype, swizzle) for x in shapes.values()]
+        full = [slots() for _ in shapes]
+        return [*tokens, *full, *(slots(num_arrivals=readers[x]) for x in shapes)]
+
+    @classmethod
+    def of(cls, names, refs) -> tuple[Stream, list]:
+        """The stream, and the references that are not its own."""
+        count = len(names)
+        parts = [refs[i * count : (i + 1) * count] for i in range(3)]
+        stream = cls(*(dict(zip(names, part, strict=True)) for part in parts))
+        return stream, refs[3 * count :]
+
+    def copy(self, source, chunks, stages):
+        """Copies `source(name, n)` for each chunk, as room comes free."""
+
+        @pl.loop(0, chunks)
+        def _(n):
+            slot = lax.rem(n, jnp.int32(stages))
+            for name, tokens in self.tokens.items():
+
+                @pl.when(n >= stages)
+                def _(free=self.free[name]):
+                    plgpu.barrier_wait(free.at[slot])
+
+                plgpu.copy_gmem_to_smem(
+                    source(name, n), tokens.at[slot], self.full[name].at[slot]
+                )
+
+        @pl.loop(chunks - stages, chunks)
+        def _(n):
+            for free in self.free.values():
+                plgpu.barrier_wait(free.at[lax.rem(n, jnp.int32(stages))])
+
+
+class LookUp:
+    """The weights of one head, chunk by chunk."""
+
+    def __init__(self, weights: Weights, batch, head, chunk_size: int):
+        self._weights, self._batch, self._head = weights, batch, head
+        self._chunk_size = chunk_size
+        self._scale = weights.scale[self._row(weights.scale)]
+
+    def __call__(self, name, chunk, layout, start=0, count=None):
+        """A vector of one chunk's tokens from `start` on."""
+        ref, size = getattr(self._weights, name), self._chunk_size
+        start = start if ref.shape[2] == size else chunk * size + start
+        tokens = pl.ds(start, count or size)
+        return mosaic.load(ref.at[self._row(ref), self._head, tokens], layout)
+
+    def within(self, chunk, first_row, shape, transposed):
+        """What tokens from `first_row` on weigh the chunk's tokens by."""
+        own = self("within", chunk, ROW, first_row, shape[0])
+        age = mosaic.along(own, 0, shape)
+        age = age - mosaic.along(self("within", chunk, COL), 1, shape)
+        i = mosaic.along(first_row + mosaic.iota(shape[0], 0), 0, shape)
+        j = mosaic.along(mosaic.iota(shape[1], 1), 1, shape)
+        seen = i <= j if transposed else i >= j
+        # Beyond the mask lie overflows, so it is inside the exponential.
+        return jnp.exp2(jnp.where(seen, age, -jnp.inf)) * self._scale
+
+    def across(self, chunk):
+        """What a chunk weighs the state by that enters it."""
+        ref = self._weights.across
+        chunk = jnp.int32(0) if ref.shape[2] == 1 else chunk
+        return ref[self._row(ref), self._head, chunk]
+
+    def _row(self, ref):
+        return jnp.int32(0) if ref.shape[0] == 1 else self._batch

@@ -83,6 +83,7 @@ def test_matches_the_reference(name):
         )
 
 
+@pytest.mark.skipif(not SINCE_0_11, reason="takes long before jax 0.11")
 @pytest.mark.parametrize("decay", ["head", "token"])
 def test_a_sequence_in_pieces_is_the_whole(decay, monkeypatch):
     monkeypatch.setattr(pallas, "_pieces", lambda *_: 2)
@@ -100,6 +101,7 @@ def test_no_memory_is_raced_for():
         assert not gpu_callbacks.get_races().races_found
 
 
+@pytest.mark.skipif(not SINCE_0_11, reason="takes long before jax 0.11")
 def test_a_mapped_axis_joins_the_batch():
     tokens = [x[None] for x in arrays("per token")]
     with mosaic.interpret():
@@ -119,8 +121,9 @@ def test_lowers_for_cuda(size, value_size):
         )
         return pull(out)
 
-    # Both directions sum the pieces' states first; then the outputs, and 3 gradients.
-    assert calls(gradients, *tokens) == 6
+    # Both directions sum the pieces' states first; then outputs, dq, and dk with dv.
+    together = size * value_size <= 128 * 128
+    assert calls(gradients, *tokens) == (5 if together else 6)
 
 
 def test_a_short_sequence_is_one_piece():

@@ -17,6 +17,8 @@ from attnx.linear import xla
 from attnx.linear.forget import by_token
 from pallas_kernels.batching import mappable
 from pallas_kernels.linear_attention import CHUNK, Weights, linear_scan
+from pallas_kernels.linear_attention_grad import CHUNK as GRAD_CHUNK
+from pallas_kernels.linear_attention_grad import LARGEST, linear_grad
 
 HEAD_SIZES = (64, 128, 256)
 LOG2E = 1.4426950408889634
@@ -47,7 +49,7 @@ def linear_attention(
     if initial_state is None:
         empty = jnp.zeros_like(query[:, 0, ..., None], jnp.float32)
         initial_state = jnp.broadcast_to(empty, (*empty.shape[:3], value.shape[-1]))
-    pieces = _pieces(query, value)
+    pieces = _pieces(query)
     fill = -length % (CHUNK * pieces)
     log_decay = by_token(log_decay, segment_ids, query, jnp.float32, reverse, fill > 0)
     log_decay = jnp.maximum(log_decay, _LEAST)
@@ -116,10 +118,16 @@ def _backward(pieces, residuals, cotangents):
     )
     weights = _weights(log_decay, scale, transposed=True)
     d_leaving = _entering(pieces, query, d_out, d_last, weights, transposed=True)
-    d_key, _ = _scan((value, d_out, query, d_leaving.mT), weights, transposed=True)
-    d_value, d_entering = _scan(
-        (key, query, d_out, d_leaving), weights, transposed=True
-    )
+    if entering.shape[-2] * entering.shape[-1] <= LARGEST:
+        weights = _weights(log_decay, scale, GRAD_CHUNK, transposed=True)
+        d_key, d_value, d_entering = mappable(linear_grad)(
+            (query, key, value, d_out, d_leaving), (weights,)
+        )
+    else:
+        d_key, _ = _scan((value, d_out, query, d_leaving.mT), weights, transposed=True)
+        d_value, d_entering = _scan(
+            (key, query, d_out, d_leaving), weights, transposed=True
+        )
     # By tokens, it is a difference of long sums that bfloat16 gradients would drown: so
     # xla takes it from the start, where anything asks for it.
     of_decay = lambda log_decay: xla.linear_attention(
@@ -165,15 +173,15 @@ def _entering(pieces, key, value, state, weights, *, transposed):
     return jnp.moveaxis(entering, 0, 2)
 
 
-def _weights(log_decay, scale, *, transposed) -> Weights:
+def _weights(log_decay, scale, chunk_size=CHUNK, *, transposed) -> Weights:
     """Of log decays `[N]`, or `[B, T, N]`."""
     if log_decay.ndim == 1:
         log_decay = jnp.broadcast_to(
-            log_decay[:, None, None], (*log_decay.shape, 1, CHUNK)
+            log_decay[:, None, None], (*log_decay.shape, 1, chunk_size)
         )[None]
     else:
         log_decay = jnp.swapaxes(log_decay, 1, 2)
-        log_decay = log_decay.reshape(*log_decay.shape[:2], -1, CHUNK)
+        log_decay = log_decay.reshape(*log_decay.shape[:2], -1, chunk_size)
     since = jnp.cumsum(log_decay * LOG2E, -1)
     total = since[..., -1:]
     until = total - since
@@ -198,8 +206,10 @@ def _of_groups(gradient, array):
     return gradient.astype(jnp.float32).sum(3).astype(array.dtype)
 
 
-def _pieces(query: jax.Array, value: jax.Array) -> int:
-    """As many pieces as fill the device."""
+def _pieces(query: jax.Array) -> int:
+    """As many pieces as fill the device, if need be at the price of padding."""
     batch, length, heads, _ = query.shape
     chunks = -(-length // CHUNK)
-    return max(1, min(_BLOCKS // (batch * heads), chunks // _MIN_CHUNKS))
+    most = max(1, min(_BLOCKS // (batch * heads), chunks // _MIN_CHUNKS))
+    even = max(n for n in range(1, most + 1) if chunks % n == 0)
+    return even if 2 * even > most else most

@@ -1,0 +1,191 @@
+"""Chunked linear attention on Hopper: gradients of keys and values in one pass.
+
+As in `linear_attention.py`, but one warpgroup makes the gradients of keys and the other
+those of values. Both need one state, the sum of queries times cotangents of later
+tokens, of which each holds half.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import mosaic
+from pallas_kernels.linear_attention import LookUp, Stream, Weights
+from pallas_kernels.mosaic import COL, ROW, TILE
+
+CHUNK = 64
+# Key size times value size: half of the state fills a warpgroup's registers.
+LARGEST = 128 * 128
+
+
+def linear_grad(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    d_out: jax.Array,
+    d_state: jax.Array,
+    weights: Weights,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of keys, values and states, of which the last come back to front.
+
+    Args:
+      query: `[B, T, N, H]`, T a multiple of `CHUNK`.
+      key: `[B, T, K, H]`.
+      value: `[B, T, K, V]`, H V at most `LARGEST`.
+      d_out: the output's cotangent, `[B, T, N, V]`.
+      d_state: that of the state after each piece, float32 `[B, N, pieces, H, V]`.
+      weights: those of the transposed sum, for chunks of `CHUNK` tokens.
+
+    Returns:
+      Gradients of key and value for each of the N heads, `[B, T, N, H]` and
+      `[B, T, N, V]`, and of the state before each piece.
+    """
+    batch, heads, pieces, size, value_size = d_state.shape
+    length, dtype = key.shape[1], key.dtype
+    chunks = length // CHUNK // pieces
+    by_rows = size >= 128
+    rows_held, columns_held = (
+        (size // 2, value_size) if by_rows else (size, value_size // 2)
+    )
+    swizzle = mosaic.swizzle_of(min(size, columns_held), dtype)
+    stages = 2 if max(size, value_size) < 256 else 1  # all that shared memory holds
+    stages = min(stages, chunks)
+    inputs = {"query": query, "key": key, "value": value, "d_out": d_out}
+    shape = (CHUNK, CHUNK)
+
+    def body(*refs):
+        tokens_g = dict(zip(inputs, refs, strict=False))
+        state_g, *rest = refs[len(inputs) :]
+        weights_g, rest = Weights(*rest[: len(weights)]), rest[len(weights) :]
+        d_key_g, d_value_g, first_g, *local = rest
+        stream, local = Stream.of(inputs, local)
+        tokens_s, fulls, frees = stream
+        state_s, d_key_s, d_value_s, read, written = local
+        h, piece, b = (lax.axis_index(axis) for axis in ("h", "piece", "b"))
+        wg = lax.axis_index("wg")
+        look_up = LookUp(weights_g, b, h, CHUNK)
+
+        def chunk_of(n):
+            return piece * chunks + chunks - 1 - n
+
+        def consume():
+            plgpu.set_max_registers(240, action="increase")
+            held = (
+                (pl.ds(wg * rows_held, rows_held), pl.ds(0, value_size))
+                if by_rows
+                else (pl.ds(0, size), pl.ds(wg * columns_held, columns_held))
+            )
+
+            def publish(state):
+                state_s.at[*held][...] = state.astype(dtype)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(written)
+                plgpu.barrier_wait(written)
+
+            state = mosaic.load(state_g.at[b, h, piece, *held], TILE)
+            publish(state)
+
+            def gradient(chunk, slot, own, first, second, state_s, staged, grad_g):
+                """Of `own`: what `first` sees of it weighs `second`."""
+                for name in (own, first, second):
+                    plgpu.barrier_wait(fulls[name].at[slot])
+                tokens = tokens_s[own].at[slot]
+                scores = mosaic.product(
+                    tokens, mosaic.transposed(tokens_s[first].at[slot])
+                )
+                decay = look_up.within(chunk, 0, shape, transposed=True)
+                p = (scores * decay).astype(dtype)
+                grad = mosaic.product(tokens, state_s)
+                plgpu.barrier_arrive(read)
+                plgpu.barrier_arrive(frees[own].at[slot])
+                entering = look_up("entering", chunk, ROW)
+                grad = grad * mosaic.along(entering, 0, grad.shape)
+                grad = mosaic.accumulated(grad, p, tokens_s[second].at[slot])
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                staged[...] = grad.astype(dtype)
+                plgpu.commit_smem()
+                tokens = pl.ds(chunk * CHUNK, CHUNK)
+                plgpu.copy_smem_to_gmem(staged, grad_g.at[b, tokens, h])
+
+            def step(n, state):
+                slot = lax.rem(n, jnp.int32(stages))
+                chunk = chunk_of(n)
+
+                @pl.when(wg == 0)
+                def _():
+                    gradient(
+                        *(chunk, slot, "value", "d_out", "query"),
+                        *(mosaic.transposed(state_s), d_key_s, d_key_g),
+                    )
+
+                @pl.when(wg == 1)
+                def _():
+                    gradient(
+                        *(chunk, slot, "key", "query", "d_out"),
+                        *(state_s, d_value_s, d_value_g),
+                    )
+
+                q = mosaic.load_transposed(tokens_s["query"].at[slot, :, held[0]])
+                leaving = look_up("leaving", chunk, COL)
+                q = q.astype(jnp.float32) * mosaic.along(leaving, 1, q.shape)
+                state = mosaic.accumulated(
+                    state * look_up.across(chunk),
+                    q.astype(dtype),
+                    tokens_s["d_out"].at[slot, :, held[1]],
+                )
+                plgpu.barrier_arrive(frees["query"].at[slot])
+                plgpu.barrier_arrive(frees["d_out"].at[slot])
+                plgpu.barrier_wait(read)
+                publish(state)
+                return state
+
+            state = lax.fori_loop(0, chunks, step, state)
+            first_g.at[b, h, piece, *held][...] = state
+            plgpu.wait_smem_to_gmem(0)
+
+        def produce():
+            plgpu.set_max_registers(24, action="decrease")
+
+            def source(name, n):
+                gmem = tokens_g[name]
+                tokens = pl.ds(chunk_of(n) * CHUNK, CHUNK)
+                head = lax.div(h, jnp.int32(heads // gmem.shape[2]))
+                return gmem.at[b, tokens, head]
+
+            mosaic.by_one_warp(lambda: stream.copy(source, chunks, stages))
+
+        pl.when(wg < 2)(consume)
+        pl.when(wg == 2)(produce)
+
+    return mosaic.call(
+        body,
+        (*inputs.values(), d_state, *weights),
+        (
+            jax.ShapeDtypeStruct((batch, length, heads, size), dtype),
+            jax.ShapeDtypeStruct((batch, length, heads, value_size), dtype),
+            jax.ShapeDtypeStruct(d_state.shape, jnp.float32),
+        ),
+        scratch=[
+            *Stream.scratch(
+                {name: (CHUNK, x.shape[-1]) for name, x in inputs.items()},
+                dtype,
+                swizzle,
+                stages,
+                {"query": 2, "key": 1, "value": 1, "d_out": 2},
+            ),
+            mosaic.tiled((size, value_size), dtype, swizzle),
+            mosaic.tiled((CHUNK, size), dtype, swizzle),
+            mosaic.tiled((CHUNK, value_size), dtype, swizzle),
+            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_arrivals=2),
+        ],
+        grid=(heads, pieces, batch),
+        grid_names=("h", "piece", "b"),
+        num_threads=3,
+        thread_name="wg",
+        kernel_name="linear_grad",
+    )
