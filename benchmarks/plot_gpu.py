@@ -26,15 +26,18 @@ def bars(rows: list[dict], device: str) -> Figure | None:
     figure, axes = plt.subplots(
         1, 2, figsize=(11, 1.5 + 0.4 * len(cases)), sharey=True, layout="constrained"
     )
-    height = 0.8 / len(STYLES)
+    timed = {row["candidate"] for row in rows}
+    styles = {name: style for name, style in STYLES.items() if name in timed}
+    height = 0.8 / len(styles)
     for ax, mode in zip(axes, MODES, strict=True):
-        for i, (candidate, (label, color)) in enumerate(STYLES.items()):
+        for i, (candidate, (label, color)) in enumerate(styles.items()):
             times = {
                 row["case"]: row["milliseconds"]
                 for row in rows
                 if row["mode"] == mode and row["candidate"] == candidate
             }
-            places = [cases.index(case) + (i - 1.5) * height for case in times]
+            offset = (i - (len(styles) - 1) / 2) * height
+            places = [cases.index(case) + offset for case in times]
             ax.barh(places, times.values(), height, label=label, color=color)
         ax.set(xscale="log", xlabel="milliseconds", title=mode)
         ax.grid(alpha=0.3, axis="x")
