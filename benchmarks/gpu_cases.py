@@ -159,13 +159,12 @@ def linear(kind: str, batch: int, length: int, heads: int, size: int) -> Case:
     if kind == "per token":
         shapes += (tokens[:3],)
     else:
-        slopes = attnx.decay.retnet(heads)
-        candidates["chunked_einsum"] = functools.partial(
-            peers.chunked_einsum, log_decay=slopes
+        candidates["chunked_einsum"] = lambda query, key, value: peers.chunked_einsum(
+            query, key, value, attnx.decay.retnet(heads)
         )
 
     def attention(query, key, value, log_decay=None, *, implementation):
-        log_decay = slopes if log_decay is None else log_decay
+        log_decay = attnx.decay.retnet(heads) if log_decay is None else log_decay
         return attnx.linear_attention(
             query, key, value, log_decay=log_decay, implementation=implementation
         )

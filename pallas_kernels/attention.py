@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -21,10 +20,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import mosaic
-from pallas_kernels.mosaic import COL, ROW, TILE
+from pallas_kernels.mosaic import COL, LOG2E, ROW, TILE
 from pallas_kernels.predicate import KEY, QUERY, Predicate
 
-LOG2E = math.log2(math.e)
 # Rows of one warpgroup's share of a tile: the least that wgmma takes.
 ROWS = 64
 TURN = 4  # Mosaic uses the named barriers below.

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import mosaic
-from pallas_kernels.attention import LOG2E, ROWS, Lists, Masking, Sees, Visits
-from pallas_kernels.mosaic import COL
+from pallas_kernels.attention import ROWS, Lists, Masking, Sees, Visits
+from pallas_kernels.mosaic import COL, LOG2E
 
 PAIR = 6  # Named barrier on which the two warpgroups meet.
 

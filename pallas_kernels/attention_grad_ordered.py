@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import mosaic
-from pallas_kernels.attention import LOG2E, ROWS, Lists, Masking, Sees, Visits
-from pallas_kernels.mosaic import COL, ROW
+from pallas_kernels.attention import ROWS, Lists, Masking, Sees, Visits
+from pallas_kernels.mosaic import COL, LOG2E, ROW
 
 
 def attention_grad_ordered(

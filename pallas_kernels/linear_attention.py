@@ -76,10 +76,7 @@ def linear_scan(
     chunks = length // CHUNK // pieces
     columns = min(value_size, _COLUMNS, _ELEMENTS // size)
     splits = value_size // columns
-    # Each warpgroup holds half of the state: half of its rows, or of its columns.
-    by_rows = size >= 2 * ROWS
-    rows_held, columns_held = (size // 2, columns) if by_rows else (size, columns // 2)
-    swizzle = mosaic.swizzle_of(min(size, columns_held), dtype)
+    swizzle = State.swizzle(size, columns, dtype)
     stages = min(2 if size < 256 else 1, chunks)  # what shared memory has room for
     inputs = {"query": query, "key": key, "value": value}
     inputs = {name: x for name, x in inputs.items() if x is not None}
@@ -111,29 +108,11 @@ def linear_scan(
         def consume():
             plgpu.set_max_registers(240, action="increase")
             first_row = wg * ROWS
-            held = (
-                (pl.ds(wg * rows_held, rows_held), pl.ds(0, columns))
-                if by_rows
-                else (pl.ds(0, size), pl.ds(wg * columns_held, columns_held))
-            )
-            held_g = (
-                b,
-                h,
-                piece,
-                held[0],
-                pl.ds(first_column + held[1].start, columns_held),
-            )
-
-            def publish(state):
-                """For both warpgroups to read; both have read what was there."""
-                state_s.at[*held][...] = state.astype(dtype)
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(written)
-                plgpu.barrier_wait(written)
-
-            state = mosaic.load(state_g.at[*held_g], TILE)
+            held = State(state_s, (size, columns), wg, written, look_up)
+            own_g = (b, h, piece, *held.place(first_column))
+            state = mosaic.load(state_g.at[*own_g], TILE)
             if query is not None:
-                publish(state)
+                held.publish(state)
 
             def outputs(chunk, slot):
                 q = tokens_s["query"].at[slot, pl.ds(first_row, ROWS)]
@@ -180,24 +159,18 @@ def linear_scan(
                     out = outputs(chunk, slot)
                 else:
                     plgpu.barrier_wait(fulls["value"].at[slot])
-                k = mosaic.load_transposed(tokens_s["key"].at[slot, :, held[0]])
-                leaving = look_up("leaving", chunk, COL)
-                k = k.astype(jnp.float32) * mosaic.along(leaving, 1, k.shape)
-                state = mosaic.accumulated(
-                    state * look_up.across(chunk),
-                    k.astype(dtype),
-                    tokens_s["value"].at[slot, :, held[1]],
-                )
+                k, v = (tokens_s[name].at[slot] for name in ("key", "value"))
+                state = held.after(state, chunk, k, v)
                 plgpu.barrier_arrive(frees["key"].at[slot])
                 plgpu.barrier_arrive(frees["value"].at[slot])
                 if query is not None:
                     plgpu.barrier_wait(read)
-                    publish(state)
+                    held.publish(state)
                     write(out, chunk, slot)
                 return state
 
             state = lax.fori_loop(0, chunks, step, state)
-            last_g.at[*held_g][...] = state
+            last_g.at[*own_g][...] = state
             plgpu.wait_smem_to_gmem(0)
 
         def produce():
@@ -290,6 +263,49 @@ class Stream(NamedTuple):
         def _(n):
             for free in self.free.values():
                 plgpu.barrier_wait(free.at[lax.rem(n, jnp.int32(stages))])
+
+
+class State:
+    """The state of one head: half in each warpgroup's registers, all in shared memory.
+
+    A half is half of the rows, or of the columns where rows are few.
+    """
+
+    def __init__(self, ref, shape, wg, written, look_up: LookUp):
+        self._ref, self._written, self._look_up = ref, written, look_up
+        rows, columns = self._held(*shape)
+        self._rows = pl.ds(wg * rows if rows < shape[0] else 0, rows)
+        self._first_column = wg * columns if columns < shape[1] else 0
+        self._columns = columns
+
+    @staticmethod
+    def _held(size, columns):
+        return (size // 2, columns) if size >= 2 * ROWS else (size, columns // 2)
+
+    @classmethod
+    def swizzle(cls, size, columns, dtype) -> int:
+        """The widest that halves leave whole."""
+        return mosaic.swizzle_of(min(size, cls._held(size, columns)[1]), dtype)
+
+    def place(self, first_column=0):
+        """This warpgroup's half, of a state that begins at `first_column`."""
+        return self._rows, pl.ds(first_column + self._first_column, self._columns)
+
+    def publish(self, state):
+        """For both warpgroups to read; both have read what was there."""
+        self._ref.at[*self.place()][...] = state.astype(self._ref.dtype)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(self._written)
+        plgpu.barrier_wait(self._written)
+
+    def after(self, state, chunk, keys, values):
+        """This half after a chunk, of keys and values in shared memory."""
+        rows, columns = self.place()
+        k = mosaic.load_transposed(keys.at[:, rows])
+        leaving = self._look_up("leaving", chunk, COL)
+        k = k.astype(jnp.float32) * mosaic.along(leaving, 1, k.shape)
+        state = state * self._look_up.across(chunk)
+        return mosaic.accumulated(state, k.astype(keys.dtype), values.at[:, columns])
 
 
 class LookUp:

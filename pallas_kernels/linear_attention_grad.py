@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import mosaic
-from pallas_kernels.linear_attention import LookUp, Stream, Weights
-from pallas_kernels.mosaic import COL, ROW, TILE
+from pallas_kernels.linear_attention import LookUp, State, Stream, Weights
+from pallas_kernels.mosaic import ROW, TILE
 
 CHUNK = 64
 # Key size times value size: half of the state fills a warpgroup's registers.
@@ -47,11 +47,7 @@ def linear_grad(
     batch, heads, pieces, size, value_size = d_state.shape
     length, dtype = key.shape[1], key.dtype
     chunks = length // CHUNK // pieces
-    by_rows = size >= 128
-    rows_held, columns_held = (
-        (size // 2, value_size) if by_rows else (size, value_size // 2)
-    )
-    swizzle = mosaic.swizzle_of(min(size, columns_held), dtype)
+    swizzle = State.swizzle(size, value_size, dtype)
     stages = 2 if max(size, value_size) < 256 else 1  # all that shared memory holds
     stages = min(stages, chunks)
     inputs = {"query": query, "key": key, "value": value, "d_out": d_out}
@@ -74,20 +70,10 @@ def linear_grad(
 
         def consume():
             plgpu.set_max_registers(240, action="increase")
-            held = (
-                (pl.ds(wg * rows_held, rows_held), pl.ds(0, value_size))
-                if by_rows
-                else (pl.ds(0, size), pl.ds(wg * columns_held, columns_held))
-            )
-
-            def publish(state):
-                state_s.at[*held][...] = state.astype(dtype)
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(written)
-                plgpu.barrier_wait(written)
-
-            state = mosaic.load(state_g.at[b, h, piece, *held], TILE)
-            publish(state)
+            held = State(state_s, (size, value_size), wg, written, look_up)
+            own_g = (b, h, piece, *held.place())
+            state = mosaic.load(state_g.at[*own_g], TILE)
+            held.publish(state)
 
             def gradient(chunk, slot, own, first, second, state_s, staged, grad_g):
                 """Of `own`: what `first` sees of it weighs `second`."""
@@ -129,22 +115,16 @@ def linear_grad(
                         *(state_s, d_value_s, d_value_g),
                     )
 
-                q = mosaic.load_transposed(tokens_s["query"].at[slot, :, held[0]])
-                leaving = look_up("leaving", chunk, COL)
-                q = q.astype(jnp.float32) * mosaic.along(leaving, 1, q.shape)
-                state = mosaic.accumulated(
-                    state * look_up.across(chunk),
-                    q.astype(dtype),
-                    tokens_s["d_out"].at[slot, :, held[1]],
-                )
+                q, do = (tokens_s[name].at[slot] for name in ("query", "d_out"))
+                state = held.after(state, chunk, q, do)
                 plgpu.barrier_arrive(frees["query"].at[slot])
                 plgpu.barrier_arrive(frees["d_out"].at[slot])
                 plgpu.barrier_wait(read)
-                publish(state)
+                held.publish(state)
                 return state
 
             state = lax.fori_loop(0, chunks, step, state)
-            first_g.at[b, h, piece, *held][...] = state
+            first_g.at[*own_g][...] = state
             plgpu.wait_smem_to_gmem(0)
 
         def produce():

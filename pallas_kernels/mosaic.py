@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +31,7 @@ ROW = TILE.reduce(1)
 COL = TILE.reduce(0)
 LAYOUTS = (ROW, COL)
 SMEM_BYTES = 232_448
+LOG2E = math.log2(math.e)
 
 _SINCE_0_11 = jax.__version_info__ >= (0, 11)
 _interpreted: contextvars.ContextVar[bool] = contextvars.ContextVar(
@@ -51,6 +53,15 @@ def interpret(**options):
 def interpreted() -> bool:
     """Whether kernels traced now are for the interpreter."""
     return _interpreted.get()
+
+
+def wrong_device() -> str | None:
+    """Why kernels cannot run on the GPU that is here, or None."""
+    if jax.default_backend() == "gpu":
+        found = getattr(jax.devices()[0], "compute_capability", "9.0")
+        if str(found) != "9.0":
+            return f"the kernel is for compute capability 9.0, not {found}"
+    return None
 
 
 def compiler_params() -> plgpu.CompilerParams:

@@ -145,30 +145,26 @@ def test_a_fixed_order_takes_a_kernel_a_gradient():
     assert len(found) == 4
 
 
+def assert_matches_the_reference(name, implementation):
+    fn, shapes, dtype = CASES[name]
+    run = functools.partial(fn, return_residual=True)
+    assert_matches(
+        functools.partial(run, implementation=implementation),
+        functools.partial(run, implementation="reference"),
+        normal(0, *shapes, dtype=dtype),
+    )
+
+
 @pytest.mark.parametrize("name", INTERPRETED)
 def test_matches_the_reference(name):
-    fn, shapes, dtype = CASES[name]
-    arrays = normal(0, *shapes, dtype=dtype)
-    run = functools.partial(fn, return_residual=True)
     with mosaic.interpret():
-        assert_matches(
-            functools.partial(run, implementation="pallas"),
-            functools.partial(run, implementation="reference"),
-            arrays,
-        )
+        assert_matches_the_reference(name, "pallas")
 
 
 @pytest.mark.parametrize("name", ["head size 256", *["causal grouped"] * SINCE_0_11])
 def test_a_fixed_order_matches_the_reference(name):
-    fn, shapes, dtype = CASES[name]
-    arrays = normal(0, *shapes, dtype=dtype)
-    run = functools.partial(fn, return_residual=True)
     with mosaic.interpret():
-        assert_matches(
-            functools.partial(run, implementation=DETERMINISTIC),
-            functools.partial(run, implementation="reference"),
-            arrays,
-        )
+        assert_matches_the_reference(name, DETERMINISTIC)
 
 
 def test_decoding_splits_the_cache():
@@ -288,7 +284,7 @@ def test_blocks_that_are_not_served_say_why():
         jax.eval_shape(call, *structs(shapes(1, 256, 1, 64), "bfloat16"))
 
 
-def test_explain_says_which_backward_runs():
+def test_explain_says_where_the_kernels_run():
     args = structs(shapes(1, 256, 1, 64), "bfloat16")
     (decision,) = attnx.explain(SOFTMAX, *args).decisions
     assert decision.runs == "pallas on CUDA, xla elsewhere"
@@ -298,13 +294,7 @@ def test_explain_says_which_backward_runs():
 @pytest.mark.parametrize("implementation", ["pallas", DETERMINISTIC], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_matches_the_reference_on_a_gpu(name, implementation):
-    fn, shapes, dtype = CASES[name]
-    run = functools.partial(fn, return_residual=True)
-    assert_matches(
-        functools.partial(run, implementation=implementation),
-        functools.partial(run, implementation="reference"),
-        normal(0, *shapes, dtype=dtype),
-    )
+    assert_matches_the_reference(name, implementation)
 
 
 def test_a_query_that_sees_nothing_gives_nothing():

@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 
 from attnx.linear import xla
-from attnx.linear.forget import by_token
+from attnx.linear.operands import by_token, empty_state
 from pallas_kernels.batching import mappable
 from pallas_kernels.linear_attention import CHUNK, Weights, linear_scan
 from pallas_kernels.linear_attention_grad import CHUNK as GRAD_CHUNK
 from pallas_kernels.linear_attention_grad import LARGEST, linear_grad
+from pallas_kernels.mosaic import LOG2E, wrong_device
 
 HEAD_SIZES = (64, 128, 256)
-LOG2E = 1.4426950408889634
 # Streaming multiprocessors of an H100: a block of threads fills one.
 _BLOCKS = 132
 # Shorter pieces spend more on their states than they gain.
@@ -47,8 +47,7 @@ def linear_attention(
     del normalize
     length = query.shape[1]
     if initial_state is None:
-        empty = jnp.zeros_like(query[:, 0, ..., None], jnp.float32)
-        initial_state = jnp.broadcast_to(empty, (*empty.shape[:3], value.shape[-1]))
+        initial_state = empty_state(query, value.shape[-1], jnp.float32)
     pieces = _pieces(query)
     fill = -length % (CHUNK * pieces)
     log_decay = by_token(log_decay, segment_ids, query, jnp.float32, reverse, fill > 0)
@@ -87,11 +86,7 @@ def unsupported(
         return "the kernel takes a decay per head or token, not per channel"
     if normalize:
         return "the kernel does not normalize"
-    if jax.default_backend() == "gpu":
-        found = getattr(jax.devices()[0], "compute_capability", "9.0")
-        if str(found) != "9.0":
-            return f"the kernel is for compute capability 9.0, not {found}"
-    return None
+    return wrong_device()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from attnx.linear.normalizer import append_ones, divide_by_last
+from attnx.linear.operands import empty_state
 
 
 def linear_attention(
@@ -39,9 +40,7 @@ def linear_attention(
     if segment_ids is None:
         segment_ids = jnp.zeros_like(query[:, :, 0, 0], jnp.int32)
     if initial_state is None:
-        shape = (batch, num_heads, head_size, v.shape[-1])
-        empty = jnp.zeros_like(query[:, 0, ..., None], dtype)
-        initial_state = jnp.broadcast_to(empty, shape)
+        initial_state = empty_state(query, v.shape[-1], dtype)
 
     def step(carry, token):
         state, last_segment = carry

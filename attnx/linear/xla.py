@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attnx.linear.forget import by_token
 from attnx.linear.normalizer import append_ones, divide_by_last
+from attnx.linear.operands import by_token, empty_state
 
 # Tokens a chunk. Longer chunks store fewer states and do more work inside the chunk.
 CHUNK = 64
@@ -50,7 +50,7 @@ def linear_attention(
     normalize: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """See `attnx.linear_attention`; returns the output and the final state."""
-    batch, length, num_heads, head_size = query.shape
+    length = query.shape[1]
     dtype = scale.dtype
     chunk_size = min(CHUNK, 1 << (length - 1).bit_length())
     # The first chunk is filled up in front, and that must not decay a state.
@@ -62,10 +62,7 @@ def linear_attention(
     else:
         weights = None
     if initial_state is None:
-        shape = (batch, num_heads, head_size, value.shape[-1] + normalize)
-        # Made from the query, so as to be laid out over devices as it is.
-        empty = jnp.zeros_like(query[:, 0, ..., None], dtype)
-        initial_state = jnp.broadcast_to(empty, shape)
+        initial_state = empty_state(query, value.shape[-1] + normalize, dtype)
     tokens = query, key, value, log_decay
     return _scan(chunk_size, reverse, normalize, tokens, initial_state, weights, scale)
 

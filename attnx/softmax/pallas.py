@@ -12,13 +12,14 @@ import jax.numpy as jnp
 from attnx.softmax.block_mask import BlockMask, transpose
 from attnx.softmax.mask import Mask
 from attnx.softmax.masks import Full
-from pallas_kernels.attention import LOG2E, Lists, Masking
+from pallas_kernels.attention import Lists, Masking
 from pallas_kernels.attention import attention as attention_kernel
 from pallas_kernels.attention_grad import attention_grad as grad_kernel
 from pallas_kernels.attention_grad_ordered import (
     attention_grad_ordered as ordered_kernel,
 )
 from pallas_kernels.batching import mappable
+from pallas_kernels.mosaic import LOG2E, wrong_device
 from pallas_kernels.predicate import Untraceable, trace
 
 BLOCK = 128
@@ -102,11 +103,7 @@ def unsupported(
         jax.eval_shape(lambda: trace(fn, query.shape[0], query.shape[2], *lengths)[1])
     except Untraceable as why:
         return str(why)
-    if jax.default_backend() == "gpu":
-        found = getattr(jax.devices()[0], "compute_capability", "9.0")
-        if str(found) != "9.0":
-            return f"the kernel is for compute capability 9.0, not {found}"
-    return None
+    return wrong_device()
 
 
 def key_tile(query: jax.Array, value: jax.Array) -> int:

@@ -1,4 +1,4 @@
-"""Documents as decay: the first token of a new one forgets the old."""
+"""What arguments that are missing, or that say the same otherwise, stand for."""
 
 from __future__ import annotations
 
@@ -27,3 +27,10 @@ def by_token(log_decay, segment_ids, query, dtype, reverse, filled) -> jax.Array
         starts = starts.reshape(batch, length, *[1] * (log_decay.ndim - 2))
         log_decay = jnp.where(starts, FORGET, log_decay)
     return log_decay
+
+
+def empty_state(query: jax.Array, columns: int, dtype) -> jax.Array:
+    """Zeros `[B, N, H, columns]`."""
+    # Made from the query, so as to be laid out over devices as it is.
+    empty = jnp.zeros_like(query[:, 0, ..., None], dtype)
+    return jnp.broadcast_to(empty, (*empty.shape[:3], columns))
