@@ -7,7 +7,6 @@ products can read it. A third warpgroup copies the tokens of the chunks ahead.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -25,24 +24,16 @@ ROWS = CHUNK // 2  # One warpgroup's tokens.
 _COLUMNS, _ELEMENTS = 128, 128 * 128
 
 
-class Weights(NamedTuple):
-    """What remains of a token, float32.
-
-    The first axes are `[B or 1, N]`, and the tokens those of all chunks, or of one if
-    every chunk is alike.
+class Decay(NamedTuple):
+    """What remains of earlier tokens, float32.
 
     Attributes:
-      within: token i weighs token j of its chunk by `2 ** (within[i] - within[j])`.
-      entering: by what each token weighs the state that enters its chunk.
-      leaving: by what it adds to the state that leaves.
-      across: `[B or 1, N, chunks or 1]`, by what a chunk weighs the entering state.
-      scale: `[B or 1]`, a factor on what tokens of one chunk see of each other.
+      since: base-2 logarithm of the decay from the start of its chunk to each token,
+        its own included, `[B or 1, N, chunks or 1, chunk size]`.
+      scale: on the queries, `[B or 1]`.
     """
 
-    within: jax.Array
-    entering: jax.Array
-    leaving: jax.Array
-    across: jax.Array
+    since: jax.Array
     scale: jax.Array
 
 
@@ -51,9 +42,10 @@ def linear_scan(
     key: jax.Array,
     value: jax.Array,
     state: jax.Array,
-    weights: Weights,
+    decay: Decay,
     *,
-    transposed: bool,
+    pieces: int,
+    transposed: bool = False,
 ) -> tuple[jax.Array | None, jax.Array]:
     """`sum_j weight(i, j) (query_i . key_j) value_j` over the tokens j up to i.
 
@@ -63,65 +55,62 @@ def linear_scan(
       query: `[B, T, *, H]`, T a multiple of `CHUNK`; None if states alone are wanted.
       key: `[B, T, *, H]`.
       value: `[B, T, *, V]`.
-      state: what enters each piece of the sequence, float32 `[B, N, pieces, H, V]`;
-        the pieces are equally long, a multiple of `CHUNK`.
-      weights: for `transposed` those of the transposed sum.
+      state: what enters each piece, float32 `[B, N, pieces, H, V]`. With fewer pieces
+        the first ones are summed (the last, if transposed), and for states alone.
+      decay: by chunks of `CHUNK`.
+      pieces: equal parts of the sequence, of whole chunks, served side by side.
       transposed: sums over the tokens from i on; states enter from the right.
 
     Returns:
       The sums `[B, T, N, V]`, in value's dtype, and what leaves each piece, as `state`.
     """
-    batch, heads, pieces, size, value_size = state.shape
+    batch, heads, served, size, value_size = state.shape
     length, dtype = key.shape[1], key.dtype
     chunks = length // CHUNK // pieces
+    first_piece = pieces - served if transposed else 0
     columns = min(value_size, _COLUMNS, _ELEMENTS // size)
     splits = value_size // columns
     swizzle = State.swizzle(size, columns, dtype)
     stages = min(2 if size < 256 else 1, chunks)  # what shared memory has room for
     inputs = {"query": query, "key": key, "value": value}
     inputs = {name: x for name, x in inputs.items() if x is not None}
-    shape = (ROWS, CHUNK)
 
     def body(*refs):
         tokens_g = dict(zip(inputs, refs, strict=False))
-        state_g, *rest = refs[len(inputs) :]
-        weights_g, rest = Weights(*rest[: len(weights)]), rest[len(weights) :]
+        state_g, since_g, scale_g, *rest = refs[len(inputs) :]
         if query is not None:
             out_g, *rest = rest
         last_g, *local = rest
-        stream, local = Stream.of(inputs, local)
+        stream, local = Stream.of((*inputs, "since"), local)
         tokens_s, fulls, frees = stream
         state_s, out_s, read, written = local
         h, part, b = (lax.axis_index(axis) for axis in ("h", "part", "b"))
         wg = lax.axis_index("wg")
-        piece, split = (
-            lax.div(part, jnp.int32(splits)),
-            lax.rem(part, jnp.int32(splits)),
-        )
-        first_column = split * columns
+        place = lax.div(part, jnp.int32(splits))
+        piece = first_piece + place
+        first_column = lax.rem(part, jnp.int32(splits)) * columns
 
         def chunk_of(n):
             return piece * chunks + (chunks - 1 - n if transposed else n)
 
-        look_up = LookUp(weights_g, b, h, CHUNK)
-
         def consume():
             plgpu.set_max_registers(240, action="increase")
             first_row = wg * ROWS
-            held = State(state_s, (size, columns), wg, written, look_up)
-            own_g = (b, h, piece, *held.place(first_column))
+            scale = scale_g[row_of(scale_g, b)]
+            held = State(state_s, (size, columns), wg, written)
+            own_g = (b, h, place, *held.place(first_column))
             state = mosaic.load(state_g.at[*own_g], TILE)
             if query is not None:
                 held.publish(state)
 
-            def outputs(chunk, slot):
+            def outputs(weights, slot):
                 q = tokens_s["query"].at[slot, pl.ds(first_row, ROWS)]
                 plgpu.barrier_wait(fulls["query"].at[slot])
                 scores = mosaic.product(q, mosaic.transposed(tokens_s["key"].at[slot]))
-                decay = look_up.within(chunk, first_row, shape, transposed)
-                p = (scores * decay).astype(dtype)
+                within = weights.within(first_row, (ROWS, CHUNK))
+                p = (scores * within).astype(dtype)
                 out = mosaic.product(q, state_s)
-                entering = look_up("entering", chunk, ROW, first_row, ROWS)
+                entering = weights.entering(first_row, ROWS)
                 out = out * mosaic.along(entering, 0, out.shape)
                 plgpu.barrier_arrive(read)
                 plgpu.barrier_wait(fulls["value"].at[slot])
@@ -129,40 +118,34 @@ def linear_scan(
 
             def write(out, chunk, slot):
                 rows = pl.ds(first_row, ROWS)
-                staged = (
-                    out_s.at[rows]
-                    if out_s is not None
-                    else (tokens_s["query"].at[slot, rows])
-                )
-                if out_s is not None:
+                # The queries have been read: their place takes the output.
+                alone = out_s is None
+                staged = (tokens_s["query"].at[slot] if alone else out_s).at[rows]
+                if not alone:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 staged[...] = out.astype(dtype)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(
-                    staged,
-                    out_g.at[
-                        b,
-                        pl.ds(chunk * CHUNK + first_row, ROWS),
-                        h,
-                        pl.ds(first_column, columns),
-                    ],
-                )
-                if out_s is None:
+                rows = pl.ds(chunk * CHUNK + first_row, ROWS)
+                place = (b, rows, h, pl.ds(first_column, columns))
+                plgpu.copy_smem_to_gmem(staged, out_g.at[*place])
+                if alone:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(frees["query"].at[slot])
 
             def step(n, state):
                 slot = lax.rem(n, jnp.int32(stages))
                 chunk = chunk_of(n)
+                plgpu.barrier_wait(fulls["since"].at[slot])
                 plgpu.barrier_wait(fulls["key"].at[slot])
+                weights = Weights(tokens_s["since"].at[slot], scale, transposed)
                 if query is not None:
-                    out = outputs(chunk, slot)
+                    out = outputs(weights, slot)
                 else:
                     plgpu.barrier_wait(fulls["value"].at[slot])
                 k, v = (tokens_s[name].at[slot] for name in ("key", "value"))
-                state = held.after(state, chunk, k, v)
-                plgpu.barrier_arrive(frees["key"].at[slot])
-                plgpu.barrier_arrive(frees["value"].at[slot])
+                state = held.after(state, weights, k, v)
+                for name in ("key", "value", "since"):
+                    plgpu.barrier_arrive(frees[name].at[slot])
                 if query is not None:
                     plgpu.barrier_wait(read)
                     held.publish(state)
@@ -177,8 +160,11 @@ def linear_scan(
             plgpu.set_max_registers(24, action="decrease")
 
             def source(name, n):
+                chunk = chunk_of(n)
+                if name == "since":
+                    return since_of(since_g, b, h, chunk)
                 gmem = tokens_g[name]
-                tokens = pl.ds(chunk_of(n) * CHUNK, CHUNK)
+                tokens = pl.ds(chunk * CHUNK, CHUNK)
                 head = lax.div(h, jnp.int32(heads // gmem.shape[2]))
                 if name == "value":
                     return gmem.at[b, tokens, head, pl.ds(first_column, columns)]
@@ -190,27 +176,29 @@ def linear_scan(
         pl.when(wg == 2)(produce)
 
     widths = {"query": size, "key": size, "value": columns}
+    buffers = {
+        name: mosaic.tiled((stages, CHUNK, widths[name]), dtype, swizzle)
+        for name in inputs
+    }
+    buffers["since"] = plgpu.SMEM((stages, CHUNK), jnp.float32)
+    published = mosaic.tiled((size, columns), dtype, swizzle)
+    staged = mosaic.tiled((CHUNK, columns), dtype, swizzle)
     outputs = [jax.ShapeDtypeStruct(state.shape, jnp.float32)]
     if query is not None:
         out = jax.ShapeDtypeStruct((batch, length, heads, value_size), dtype)
         outputs.insert(0, out)
-    staged = query is not None and size != columns
     results = mosaic.call(
         body,
-        (*inputs.values(), state, *weights),
+        (*inputs.values(), state, *decay),
         tuple(outputs),
         scratch=[
-            *Stream.scratch(
-                {name: (CHUNK, widths[name]) for name in inputs}, dtype, swizzle, stages
-            ),
-            mosaic.tiled((size, columns), dtype, swizzle)
-            if query is not None
-            else None,
-            mosaic.tiled((CHUNK, columns), dtype, swizzle) if staged else None,
+            *Stream.scratch(buffers),
+            None if query is None else published,
+            None if query is None or size == columns else staged,
             plgpu.Barrier(num_arrivals=2),
             plgpu.Barrier(num_arrivals=2),
         ],
-        grid=(heads, pieces * splits, batch),
+        grid=(heads, served * splits, batch),
         grid_names=("h", "part", "b"),
         num_threads=3,
         thread_name="wg",
@@ -227,13 +215,15 @@ class Stream(NamedTuple):
     free: dict
 
     @staticmethod
-    def scratch(shapes: dict, dtype, swizzle: int, stages: int, readers=None) -> list:
-        """What `of` takes apart; `readers` are the warpgroups that read each array."""
-        readers = readers or dict.fromkeys(shapes, 2)
-        slots = functools.partial(plgpu.Barrier, num_barriers=stages)
-        tokens = [mosaic.tiled((stages, *x), dtype, swizzle) for x in shapes.values()]
-        full = [slots() for _ in shapes]
-        return [*tokens, *full, *(slots(num_arrivals=readers[x]) for x in shapes)]
+    def scratch(buffers: dict, readers: dict | None = None) -> list:
+        """What `of` takes apart; an array has two warpgroups as readers, or so many."""
+        readers = {**dict.fromkeys(buffers, 2), **(readers or {})}
+        slots = lambda buffer, readers: plgpu.Barrier(
+            num_barriers=buffer.shape[0], num_arrivals=readers
+        )
+        full = [slots(buffer, 1) for buffer in buffers.values()]
+        free = [slots(buffer, readers[name]) for name, buffer in buffers.items()]
+        return [*buffers.values(), *full, *free]
 
     @classmethod
     def of(cls, names, refs) -> tuple[Stream, list]:
@@ -271,8 +261,8 @@ class State:
     A half is half of the rows, or of the columns where rows are few.
     """
 
-    def __init__(self, ref, shape, wg, written, look_up: LookUp):
-        self._ref, self._written, self._look_up = ref, written, look_up
+    def __init__(self, ref, shape, wg, written):
+        self._ref, self._written = ref, written
         rows, columns = self._held(*shape)
         self._rows = pl.ds(wg * rows if rows < shape[0] else 0, rows)
         self._first_column = wg * columns if columns < shape[1] else 0
@@ -298,47 +288,63 @@ class State:
         plgpu.barrier_arrive(self._written)
         plgpu.barrier_wait(self._written)
 
-    def after(self, state, chunk, keys, values):
+    def after(self, state, weights: Weights, keys, values):
         """This half after a chunk, of keys and values in shared memory."""
         rows, columns = self.place()
         k = mosaic.load_transposed(keys.at[:, rows])
-        leaving = self._look_up("leaving", chunk, COL)
-        k = k.astype(jnp.float32) * mosaic.along(leaving, 1, k.shape)
-        state = state * self._look_up.across(chunk)
+        k = k.astype(jnp.float32) * mosaic.along(weights.leaving(), 1, k.shape)
+        state = state * weights.across()
         return mosaic.accumulated(state, k.astype(keys.dtype), values.at[:, columns])
 
 
-class LookUp:
-    """The weights of one head, chunk by chunk."""
+class Weights:
+    """By what the tokens of one chunk weigh each other and the state.
 
-    def __init__(self, weights: Weights, batch, head, chunk_size: int):
-        self._weights, self._batch, self._head = weights, batch, head
-        self._chunk_size = chunk_size
-        self._scale = weights.scale[self._row(weights.scale)]
+    `transposed`, tokens see those from themselves on, and the state of those beyond.
+    """
 
-    def __call__(self, name, chunk, layout, start=0, count=None):
-        """A vector of one chunk's tokens from `start` on."""
-        ref, size = getattr(self._weights, name), self._chunk_size
-        start = start if ref.shape[2] == size else chunk * size + start
-        tokens = pl.ds(start, count or size)
-        return mosaic.load(ref.at[self._row(ref), self._head, tokens], layout)
+    def __init__(self, since, scale, transposed: bool):
+        self._since, self._scale, self._transposed = since, scale, transposed
+        self._total = since[since.shape[0] - 1]
 
-    def within(self, chunk, first_row, shape, transposed):
+    def within(self, first_row, shape):
         """What tokens from `first_row` on weigh the chunk's tokens by."""
-        own = self("within", chunk, ROW, first_row, shape[0])
+        own = mosaic.load(self._since.at[pl.ds(first_row, shape[0])], ROW)
         age = mosaic.along(own, 0, shape)
-        age = age - mosaic.along(self("within", chunk, COL), 1, shape)
+        age = age - mosaic.along(mosaic.load(self._since, COL), 1, shape)
         i = mosaic.along(first_row + mosaic.iota(shape[0], 0), 0, shape)
         j = mosaic.along(mosaic.iota(shape[1], 1), 1, shape)
-        seen = i <= j if transposed else i >= j
+        age, seen = (-age, i <= j) if self._transposed else (age, i >= j)
         # Beyond the mask lie overflows, so it is inside the exponential.
         return jnp.exp2(jnp.where(seen, age, -jnp.inf)) * self._scale
 
-    def across(self, chunk):
-        """What a chunk weighs the state by that enters it."""
-        ref = self._weights.across
-        chunk = jnp.int32(0) if ref.shape[2] == 1 else chunk
-        return ref[self._row(ref), self._head, chunk]
+    def entering(self, first_row, rows):
+        """What tokens from `first_row` on weigh the state by that enters."""
+        own = mosaic.load(self._since.at[pl.ds(first_row, rows)], ROW)
+        return self._until(own) if self._transposed else self._from(own)
 
-    def _row(self, ref):
-        return jnp.int32(0) if ref.shape[0] == 1 else self._batch
+    def leaving(self):
+        """By what each token adds to the state that leaves."""
+        every = mosaic.load(self._since, COL)
+        return self._from(every) if self._transposed else self._until(every)
+
+    def across(self):
+        """What the chunk weighs the state by."""
+        return jnp.exp2(self._total)
+
+    def _from(self, since):
+        return jnp.exp2(since) * self._scale
+
+    def _until(self, since):
+        return jnp.exp2(self._total - since)
+
+
+def since_of(since, batch, head, chunk):
+    """One chunk's decay, in memory."""
+    chunk = jnp.int32(0) if since.shape[2] == 1 else chunk
+    return since.at[row_of(since, batch), head, chunk]
+
+
+def row_of(ref, batch):
+    """A batch's row of what may be the same for all."""
+    return jnp.int32(0) if ref.shape[0] == 1 else batch

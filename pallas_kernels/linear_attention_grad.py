@@ -14,8 +14,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import mosaic
-from pallas_kernels.linear_attention import LookUp, State, Stream, Weights
-from pallas_kernels.mosaic import ROW, TILE
+from pallas_kernels.linear_attention import (
+    Decay,
+    State,
+    Stream,
+    Weights,
+    row_of,
+    since_of,
+)
+from pallas_kernels.mosaic import TILE
 
 CHUNK = 64
 # Key size times value size: half of the state fills a warpgroup's registers.
@@ -28,7 +35,7 @@ def linear_grad(
     value: jax.Array,
     d_out: jax.Array,
     d_state: jax.Array,
-    weights: Weights,
+    decay: Decay,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of keys, values and states, of which the last come back to front.
 
@@ -38,7 +45,7 @@ def linear_grad(
       value: `[B, T, K, V]`, H V at most `LARGEST`.
       d_out: the output's cotangent, `[B, T, N, V]`.
       d_state: that of the state after each piece, float32 `[B, N, pieces, H, V]`.
-      weights: those of the transposed sum, for chunks of `CHUNK` tokens.
+      decay: by chunks of `CHUNK`.
 
     Returns:
       Gradients of key and value for each of the N heads, `[B, T, N, H]` and
@@ -55,40 +62,40 @@ def linear_grad(
 
     def body(*refs):
         tokens_g = dict(zip(inputs, refs, strict=False))
-        state_g, *rest = refs[len(inputs) :]
-        weights_g, rest = Weights(*rest[: len(weights)]), rest[len(weights) :]
-        d_key_g, d_value_g, first_g, *local = rest
-        stream, local = Stream.of(inputs, local)
+        state_g, since_g, scale_g, d_key_g, d_value_g, first_g, *local = refs[
+            len(inputs) :
+        ]
+        stream, local = Stream.of((*inputs, "since"), local)
         tokens_s, fulls, frees = stream
         state_s, d_key_s, d_value_s, read, written = local
         h, piece, b = (lax.axis_index(axis) for axis in ("h", "piece", "b"))
         wg = lax.axis_index("wg")
-        look_up = LookUp(weights_g, b, h, CHUNK)
 
         def chunk_of(n):
             return piece * chunks + chunks - 1 - n
 
         def consume():
             plgpu.set_max_registers(240, action="increase")
-            held = State(state_s, (size, value_size), wg, written, look_up)
+            scale = scale_g[row_of(scale_g, b)]
+            held = State(state_s, (size, value_size), wg, written)
             own_g = (b, h, piece, *held.place())
             state = mosaic.load(state_g.at[*own_g], TILE)
             held.publish(state)
 
-            def gradient(chunk, slot, own, first, second, state_s, staged, grad_g):
+            def gradient(chunk, slot, weights, names, state_s, staged, grad_g):
                 """Of `own`: what `first` sees of it weighs `second`."""
-                for name in (own, first, second):
+                own, first, second = names
+                for name in names:
                     plgpu.barrier_wait(fulls[name].at[slot])
                 tokens = tokens_s[own].at[slot]
                 scores = mosaic.product(
                     tokens, mosaic.transposed(tokens_s[first].at[slot])
                 )
-                decay = look_up.within(chunk, 0, shape, transposed=True)
-                p = (scores * decay).astype(dtype)
+                p = (scores * weights.within(0, shape)).astype(dtype)
                 grad = mosaic.product(tokens, state_s)
                 plgpu.barrier_arrive(read)
                 plgpu.barrier_arrive(frees[own].at[slot])
-                entering = look_up("entering", chunk, ROW)
+                entering = weights.entering(0, CHUNK)
                 grad = grad * mosaic.along(entering, 0, grad.shape)
                 grad = mosaic.accumulated(grad, p, tokens_s[second].at[slot])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -100,25 +107,27 @@ def linear_grad(
             def step(n, state):
                 slot = lax.rem(n, jnp.int32(stages))
                 chunk = chunk_of(n)
+                plgpu.barrier_wait(fulls["since"].at[slot])
+                weights = Weights(tokens_s["since"].at[slot], scale, transposed=True)
 
                 @pl.when(wg == 0)
                 def _():
                     gradient(
-                        *(chunk, slot, "value", "d_out", "query"),
+                        *(chunk, slot, weights, ("value", "d_out", "query")),
                         *(mosaic.transposed(state_s), d_key_s, d_key_g),
                     )
 
                 @pl.when(wg == 1)
                 def _():
                     gradient(
-                        *(chunk, slot, "key", "query", "d_out"),
+                        *(chunk, slot, weights, ("key", "query", "d_out")),
                         *(state_s, d_value_s, d_value_g),
                     )
 
                 q, do = (tokens_s[name].at[slot] for name in ("query", "d_out"))
-                state = held.after(state, chunk, q, do)
-                plgpu.barrier_arrive(frees["query"].at[slot])
-                plgpu.barrier_arrive(frees["d_out"].at[slot])
+                state = held.after(state, weights, q, do)
+                for name in ("query", "d_out", "since"):
+                    plgpu.barrier_arrive(frees[name].at[slot])
                 plgpu.barrier_wait(read)
                 held.publish(state)
                 return state
@@ -131,8 +140,11 @@ def linear_grad(
             plgpu.set_max_registers(24, action="decrease")
 
             def source(name, n):
+                chunk = chunk_of(n)
+                if name == "since":
+                    return since_of(since_g, b, h, chunk)
                 gmem = tokens_g[name]
-                tokens = pl.ds(chunk_of(n) * CHUNK, CHUNK)
+                tokens = pl.ds(chunk * CHUNK, CHUNK)
                 head = lax.div(h, jnp.int32(heads // gmem.shape[2]))
                 return gmem.at[b, tokens, head]
 
@@ -141,22 +153,21 @@ def linear_grad(
         pl.when(wg < 2)(consume)
         pl.when(wg == 2)(produce)
 
+    buffers = {
+        name: mosaic.tiled((stages, CHUNK, x.shape[-1]), dtype, swizzle)
+        for name, x in inputs.items()
+    }
+    buffers["since"] = plgpu.SMEM((stages, CHUNK), jnp.float32)
     return mosaic.call(
         body,
-        (*inputs.values(), d_state, *weights),
+        (*inputs.values(), d_state, *decay),
         (
             jax.ShapeDtypeStruct((batch, length, heads, size), dtype),
             jax.ShapeDtypeStruct((batch, length, heads, value_size), dtype),
             jax.ShapeDtypeStruct(d_state.shape, jnp.float32),
         ),
         scratch=[
-            *Stream.scratch(
-                {name: (CHUNK, x.shape[-1]) for name, x in inputs.items()},
-                dtype,
-                swizzle,
-                stages,
-                {"query": 2, "key": 1, "value": 1, "d_out": 2},
-            ),
+            *Stream.scratch(buffers, {"key": 1, "value": 1}),
             mosaic.tiled((size, value_size), dtype, swizzle),
             mosaic.tiled((CHUNK, size), dtype, swizzle),
             mosaic.tiled((CHUNK, value_size), dtype, swizzle),

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from attnx.linear import xla
 from attnx.linear.operands import by_token, empty_state
 from pallas_kernels.batching import mappable
-from pallas_kernels.linear_attention import CHUNK, Weights, linear_scan
+from pallas_kernels.linear_attention import CHUNK, Decay, linear_scan
 from pallas_kernels.linear_attention_grad import CHUNK as GRAD_CHUNK
 from pallas_kernels.linear_attention_grad import LARGEST, linear_grad
 from pallas_kernels.mosaic import LOG2E, wrong_device
@@ -95,9 +95,9 @@ def _attention(pieces, query, key, value, scale, log_decay, initial_state):
 
 
 def _forward(pieces, query, key, value, scale, log_decay, initial_state):
-    weights = _weights(log_decay, scale, transposed=False)
-    entering = _entering(pieces, key, value, initial_state, weights, transposed=False)
-    out, leaving = _scan((query, key, value, entering), weights, transposed=False)
+    decay = _decay(log_decay, scale)
+    entering = _entering(pieces, (key, value), initial_state, decay)
+    out, leaving = _scan((query, key, value, entering), decay, pieces=pieces)
     residuals = query, key, value, scale, log_decay, entering, out
     return (out, leaving[:, :, -1]), residuals
 
@@ -106,23 +106,18 @@ def _backward(pieces, residuals, cotangents):
     """Each gradient is again a sum over earlier tokens, or over later ones."""
     query, key, value, scale, log_decay, entering, out = residuals
     d_out, d_last = cotangents
-    d_query, _ = _scan(
-        (d_out, value, key, entering.mT),
-        _weights(log_decay, scale, transposed=False),
-        transposed=False,
-    )
-    weights = _weights(log_decay, scale, transposed=True)
-    d_leaving = _entering(pieces, query, d_out, d_last, weights, transposed=True)
+    decay = _decay(log_decay, scale)
+    d_query, _ = _scan((d_out, value, key, entering.mT), decay, pieces=pieces)
+    options = {"pieces": pieces, "transposed": True}
+    d_leaving = _entering(pieces, (query, d_out), d_last, decay, transposed=True)
     if entering.shape[-2] * entering.shape[-1] <= LARGEST:
-        weights = _weights(log_decay, scale, GRAD_CHUNK, transposed=True)
+        decay = _decay(log_decay, scale, GRAD_CHUNK)
         d_key, d_value, d_entering = mappable(linear_grad)(
-            (query, key, value, d_out, d_leaving), (weights,)
+            (query, key, value, d_out, d_leaving), (decay,)
         )
     else:
-        d_key, _ = _scan((value, d_out, query, d_leaving.mT), weights, transposed=True)
-        d_value, d_entering = _scan(
-            (key, query, d_out, d_leaving), weights, transposed=True
-        )
+        d_key, _ = _scan((value, d_out, query, d_leaving.mT), decay, **options)
+        d_value, d_entering = _scan((key, query, d_out, d_leaving), decay, **options)
     # By tokens, it is a difference of long sums that bfloat16 gradients would drown: so
     # xla takes it from the start, where anything asks for it.
     of_decay = lambda log_decay: xla.linear_attention(
@@ -143,53 +138,41 @@ def _backward(pieces, residuals, cotangents):
 _attention.defvjp(_forward, _backward)
 
 
-def _scan(tokens, weights, *, transposed):
-    return mappable(linear_scan, transposed=transposed)(tokens, (weights,))
+def _scan(tokens, decay, **options):
+    return mappable(linear_scan, **options)(tokens, (decay,))
 
 
-def _entering(pieces, key, value, state, weights, *, transposed):
+def _entering(pieces, tokens, state, decay, *, transposed=False):
     """The states that enter the pieces, from the one that enters the first."""
     if pieces == 1:
         return state[:, :, None]
-    empty = jnp.zeros_like(state)[:, :, None]
-    empty = jnp.broadcast_to(empty, (*state.shape[:2], pieces, *state.shape[2:]))
-    _, added = _scan((None, key, value, empty), weights, transposed=transposed)
-    chunks = key.shape[1] // CHUNK
-    across = jnp.broadcast_to(weights.across, (*weights.across.shape[:2], chunks))
-    across = across.reshape(*across.shape[:2], pieces, -1).prod(-1)
-    across = jnp.broadcast_to(across, (*state.shape[:2], pieces))
+    shape = (*state.shape[:2], pieces - 1, *state.shape[2:])
+    empty = jnp.broadcast_to(jnp.zeros_like(state)[:, :, None], shape)
+    options = {"pieces": pieces, "transposed": transposed}
+    _, added = _scan((None, *tokens, empty), decay, **options)
+    # The state, and what each piece adds to it, by the piece that it enters.
+    parts = [added, state[:, :, None]] if transposed else [state[:, :, None], added]
+    parts = jnp.concatenate(parts, axis=2)
+    total = decay.since[..., -1]
+    total = jnp.broadcast_to(total, (*total.shape[:2], tokens[0].shape[1] // CHUNK))
+    total = total.reshape(*total.shape[:2], pieces, -1).sum(-1)
+    ages = jax.lax.cumsum(total, axis=2, reverse=transposed) - total
+    ages = ages[..., :, None] - ages[..., None, :]
+    seen = jnp.triu if transposed else jnp.tril
+    weights = jnp.exp2(jnp.where(seen(jnp.ones(ages.shape[-2:], bool)), ages, -jnp.inf))
+    weights = jnp.broadcast_to(weights, (*state.shape[:2], pieces, pieces))
+    return jnp.einsum("bnpr,bnrhv->bnphv", weights, parts, precision="highest")
 
-    def step(state, piece):
-        across, added = piece
-        return across[..., None, None] * state + added, state
 
-    each = jnp.moveaxis(across, 2, 0), jnp.moveaxis(added, 2, 0)
-    _, entering = jax.lax.scan(step, state, each, reverse=transposed)
-    return jnp.moveaxis(entering, 0, 2)
-
-
-def _weights(log_decay, scale, chunk_size=CHUNK, *, transposed) -> Weights:
+def _decay(log_decay, scale, chunk_size=CHUNK) -> Decay:
     """Of log decays `[N]`, or `[B, T, N]`."""
     if log_decay.ndim == 1:
-        log_decay = jnp.broadcast_to(
-            log_decay[:, None, None], (*log_decay.shape, 1, chunk_size)
-        )[None]
+        log_decay = jnp.broadcast_to(log_decay[:, None], (*log_decay.shape, chunk_size))
+        log_decay = log_decay[None, :, None]
     else:
         log_decay = jnp.swapaxes(log_decay, 1, 2)
         log_decay = log_decay.reshape(*log_decay.shape[:2], -1, chunk_size)
-    since = jnp.cumsum(log_decay * LOG2E, -1)
-    total = since[..., -1:]
-    until = total - since
-    first, last = (until, since) if transposed else (since, until)
-    by_first, by_last = (1.0, scale) if transposed else (scale, 1.0)
-    flat = lambda x: x.reshape(*x.shape[:2], -1)
-    return Weights(
-        within=flat(-since if transposed else since),
-        entering=flat(by_first * jnp.exp2(first)),
-        leaving=flat(by_last * jnp.exp2(last)),
-        across=flat(jnp.exp2(total)),
-        scale=scale[None],
-    )
+    return Decay(jnp.cumsum(log_decay * LOG2E, -1), scale[None])
 
 
 def _of_groups(gradient, array):
