@@ -25,7 +25,7 @@ from pallas_kernels.predicate import KEY, QUERY, Predicate
 
 # Rows of one warpgroup's share of a tile: the least that wgmma takes.
 ROWS = 64
-TURN = 4  # Mosaic uses the named barriers below.
+TURN = 4  # The first of the named barriers for turns; Mosaic uses those below.
 
 
 class Lists(NamedTuple):
@@ -65,8 +65,8 @@ def attention(
     """Attends each query block to the key blocks that it lists.
 
     Args:
-      query: `[B, T, N, H]`, T a multiple of `masking.query_block`, that of 64 for each
-        warpgroup.
+      query: `[B, T, N, H]`, T a multiple of 64; `masking.query_block` is one of 64 for
+        each warpgroup.
       key: `[B, S, K, H]`, S a multiple of 8; a ragged last block must be partial.
       value: `[B, S, K, V]`.
       lists: the key blocks of each query block.
@@ -75,7 +75,7 @@ def attention(
       scale: positive factor on the scores.
       key_tile: keys of one step, a divisor of `masking.key_block`.
       stages: key and value tiles in flight.
-      warpgroups: 1 or 2, of 64 queries each, that share the keys.
+      warpgroups: 1 to 3, of 64 queries each, that share the keys.
 
     Returns:
       The output `[B, T, N, V]` and the log-sum-exp in base 2, float32 `[B, N, T]`.
@@ -86,7 +86,7 @@ def attention(
     dtype = query.dtype
     tile = warpgroups * ROWS
     shape = (ROWS, key_tile)
-    taking_turns = warpgroups == 2
+    taking_turns = warpgroups > 1
     split = masking.key_block // key_tile
     log2_scale = scale * LOG2E
 
@@ -110,7 +110,8 @@ def attention(
 
         def consume():
             if taking_turns:
-                plgpu.set_max_registers(240, action="increase")
+                registers = 240 if warpgroups == 2 else 160
+                plgpu.set_max_registers(registers, action="increase")
             visits = Visits(lists_g, b, h, heads, block)
             steps = visits.count * split
             first_row = wg * ROWS
@@ -162,7 +163,7 @@ def attention(
                 acc, (m, l, alpha, p) = mosaic.overlapped(
                     (q, k_s.at[slot]),
                     (acc, p, v_s.at[before]),
-                    issued=lambda: give_turn(1 - wg),
+                    issued=lambda: give_turn(lax.rem(wg + 1, jnp.int32(warpgroups))),
                     meanwhile=meanwhile,
                 )
                 plgpu.barrier_arrive(v_free.at[before])
@@ -176,7 +177,7 @@ def attention(
                 plgpu.barrier_arrive(v_free.at[slot])
                 return acc
 
-            pl.when(wg == 1)(lambda: give_turn(0))
+            pl.when(wg == warpgroups - 1)(lambda: give_turn(0))
             vector = functools.partial(mosaic.full, (ROWS,), layout=ROW)
             carry = (
                 mosaic.full((ROWS, value_size), 0.0, TILE),
@@ -213,9 +214,13 @@ def attention(
             out = (q_s if out_s is None else out_s).at[pl.ds(first_row, ROWS)]
             out[...] = acc.astype(dtype)
             plgpu.commit_smem()
-            rows = pl.ds(start + first_row, ROWS)
-            plgpu.copy_smem_to_gmem(out, out_g.at[b, rows, h])
-            plgpu.copy_smem_to_gmem(lse, lse_g.at[b, h, rows])
+
+            @pl.when(start + first_row < query_len)
+            def _():
+                rows = pl.ds(start + first_row, ROWS)
+                plgpu.copy_smem_to_gmem(out, out_g.at[b, rows, h])
+                plgpu.copy_smem_to_gmem(lse, lse_g.at[b, h, rows])
+
             plgpu.wait_smem_to_gmem(0)
 
         def produce():
@@ -225,7 +230,14 @@ def attention(
             @mosaic.by_one_warp
             def _():
                 kv_head = lax.div(h, jnp.int32(group))
-                plgpu.copy_gmem_to_smem(q_g.at[b, pl.ds(start, tile), h], q_s, q_full)
+                for i in range(warpgroups):
+                    # Of the last tile some may lie past the end: they get queries
+                    # whose output nobody writes.
+                    first = jnp.minimum(start + i * ROWS, query_len - ROWS)
+                    own = q_s.at[pl.ds(i * ROWS, ROWS)]
+                    plgpu.copy_gmem_to_smem(
+                        q_g.at[b, pl.ds(first, ROWS), h], own, q_full
+                    )
                 visits = Visits(lists_g, b, h, heads, block)
                 steps = visits.count * split
 
@@ -267,13 +279,13 @@ def attention(
             mosaic.tiled((stages, key_tile, value_size), dtype),
             None if alone else mosaic.tiled((tile, value_size), dtype),
             plgpu.SMEM((warpgroups, ROWS), jnp.float32),
-            plgpu.Barrier(),
+            plgpu.Barrier(num_arrivals=warpgroups),
             slots(),
             slots(),
             slots(num_arrivals=warpgroups),
             slots(num_arrivals=warpgroups),
         ],
-        grid=(heads, query_len // tile, batch),
+        grid=(heads, pl.cdiv(query_len, tile), batch),
         grid_names=("h", "q", "b"),
         num_threads=warpgroups + 1,
         thread_name="wg",

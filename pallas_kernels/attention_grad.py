@@ -39,7 +39,7 @@ def attention_grad(
     """Gradients of `attention`.
 
     Args:
-      query: `[B, T, N, H]`, T a multiple of 128 and of `masking.query_block`.
+      query: `[B, T, N, H]`, T a multiple of `masking.query_block`.
       key: `[B, S, K, H]`, S a multiple of 128 and of `masking.key_block`.
       value: `[B, S, K, V]`.
       d_out: the output's cotangent, `[B, T, N, V]`.

@@ -116,7 +116,7 @@ def linear_attention(
         "linear_attention",
         implementation,
         candidates,
-        functools.partial(unsupported, normalize=normalize, asked=implementation),
+        functools.partial(unsupported, normalize=normalize),
         *(query, key, value, scale, log_decay, initial_state, segment_ids),
     )
     if unbatched:
@@ -135,14 +135,10 @@ def unsupported(
     segment_ids: jax.Array | None,
     *,
     normalize: bool = False,
-    asked: str | None = None,
 ) -> str | None:
     """Says why the implementation `name` cannot serve these operands, or None."""
     if name == "pallas":
-        reason = pallas.unsupported(query, key, value, log_decay, normalize=normalize)
-        if reason is None and asked is None:
-            return "the kernel runs on request, until it has been seen on a GPU"
-        return reason
+        return pallas.unsupported(query, key, value, log_decay, normalize=normalize)
     return None
 
 

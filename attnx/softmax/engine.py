@@ -105,7 +105,7 @@ def attend(
                 block_mask=order.lists(),
                 transposed=order.transposed,
             )
-        blocks = block_mask((pallas.BLOCK, pallas.BLOCK))
+        blocks = block_mask(pallas.block_size(query, value, config))
         return run(query, key, value, block_mask=blocks)
 
     return dispatch(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from attnx.softmax.block_mask import BlockMask, transpose
 from attnx.softmax.mask import Mask
 from attnx.softmax.masks import Full
-from pallas_kernels.attention import Lists, Masking
+from pallas_kernels.attention import ROWS, Lists, Masking
 from pallas_kernels.attention import attention as attention_kernel
 from pallas_kernels.attention_grad import attention_grad as grad_kernel
 from pallas_kernels.attention_grad_ordered import (
@@ -26,6 +26,7 @@ BLOCK = 128
 HEAD_SIZES = (32, 64, 96, 128, 256)
 # Wider heads leave registers for one gradient at a time.
 _WIDEST_FUSED = 128
+_WIDEST_OF_THREE = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,18 +62,18 @@ def attention(
     if scale <= 0:  # The kernels take a row's peak from unscaled scores.
         query, scale = query * jnp.asarray(scale, query.dtype), 1.0
     block = block_mask.block_size
-    query_pad, key_pad = -query_len % block[0], -key_len % block[1]
+    key_pad = -key_len % block[1]
     predicate, looked_up = None, []
     if key_pad or not isinstance(block_mask.mask, Full):
         predicate, looked_up = trace(
             _predicate(block_mask.mask, key_len, block[1]),
             batch,
             heads,
-            query_len + query_pad,
+            query_len + -query_len % block[0],
             key_len + key_pad,
         )
     call = _Call(Masking(*block, predicate), scale, transposed, block_mask, config)
-    padded = (_pad(query, query_pad), _pad(key, key_pad), _pad(value, key_pad))
+    padded = (_pad(query, -query_len % ROWS), _pad(key, key_pad), _pad(value, key_pad))
     lists = Lists(block_mask.indices, block_mask.counts, block_mask.partial_counts)
     out, lse = _attention(call, *padded, lists, looked_up)
     return out[:, :query_len], lse[:, :query_len]
@@ -106,6 +107,17 @@ def unsupported(
     return wrong_device()
 
 
+def block_size(
+    query: jax.Array, value: jax.Array, config: KernelConfig
+) -> tuple[int, int]:
+    """Queries and keys of the blocks that serve a mask best."""
+    # Small heads leave registers for a third warpgroup, which hides exponentials; the
+    # ordered backward has two.
+    size = max(query.shape[-1], value.shape[-1])
+    three = size <= _WIDEST_OF_THREE and not config.deterministic
+    return (3 * ROWS if three else BLOCK), BLOCK
+
+
 def key_tile(query: jax.Array, value: jax.Array) -> int:
     """Keys of one step of the forward kernel."""
     size = max(query.shape[-1], value.shape[-1])
@@ -135,7 +147,8 @@ def _forward(call, query, key, value, lists, looked_up):
         call.masking,
         scale=call.scale,
         key_tile=key_tile(query, value),
-        stages=3 if size <= 64 else 2,
+        stages=3 if size <= _WIDEST_OF_THREE else 2,
+        warpgroups=3 if call.masking.query_block % (3 * ROWS) == 0 else 2,
     )
     out, lse = kernel((query, key, value), (lists, looked_up))
     residuals = query, key, value, lists, looked_up, out, lse
@@ -155,7 +168,15 @@ def _backward(call, residuals, cotangents):
         transposed = functools.partial(transpose, same)
     # A query that saw nothing gets the weight exp(-inf) everywhere.
     lse = jnp.where(jnp.isfinite(lse), lse, jnp.inf)
-    arrays = query, key, value, d_out, lse, delta
+    query_len = query.shape[1]
+    rest = -query_len % call.masking.query_block
+    by_row = lambda x, fill: jnp.pad(
+        x, ((0, 0), (0, 0), (0, rest)), constant_values=fill
+    )
+    arrays = (
+        *(_pad(query, rest), key, value, _pad(d_out, rest)),
+        *(by_row(lse, jnp.inf), by_row(delta, 0)),
+    )
     by_key = Lists(*transposed())
     size = max(query.shape[-1], value.shape[-1])
     if call.config.deterministic or size > _WIDEST_FUSED:
@@ -170,11 +191,12 @@ def _backward(call, residuals, cotangents):
             )
             visited = lists if by == "query" else by_key
             grads.append(kernel(arrays, (visited, looked_up)))
-        return *grads, None, None
+        d_query, d_key, d_value = grads
+        return d_query[:, :query_len], d_key, d_value, None, None
     kernel = mappable(grad_kernel, call.masking, scale=call.scale, stages=2)
     d_query, d_key, d_value = kernel(arrays, (by_key, looked_up))
     d_query = (d_query * call.scale).astype(query.dtype)
-    return d_query, d_key, d_value, None, None
+    return d_query[:, :query_len], d_key, d_value, None, None
 
 
 _attention.defvjp(_forward, _backward)
