@@ -52,7 +52,11 @@ def draw(results: pathlib.Path) -> Iterator[pathlib.Path]:
         device = " and ".join(sorted({run["device"] for run in runs}))
         drawings = {"time": _lengths}
         if path.stem == "gpu":
-            drawings = {"time": plot_gpu.bars, "sparsity": plot_gpu.sparsity}
+            drawings = {
+                "time": plot_gpu.bars,
+                "sparsity": plot_gpu.sparsity,
+                "length": plot_gpu.length,
+            }
         for name, drawing in drawings.items():
             figure = drawing(rows, device)
             if figure is not None:

@@ -48,6 +48,41 @@ def bars(rows: list[dict], device: str) -> Figure | None:
     return figure
 
 
+def length(rows: list[dict], device: str) -> Figure | None:
+    """Time per token of linear attention, at a fixed number of tokens in all."""
+    found = [
+        (re.match(r"per head decay B(\d+) T(\d+) N4 H128", row["case"]), row)
+        for row in rows
+    ]
+    points = [
+        (row, int(match.group(2)), int(match.group(1)) * int(match.group(2)))
+        for match, row in found
+        if match
+    ]
+    if not points:
+        return None
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
+    lines = {
+        "pallas": STYLES["pallas"],
+        "causal cudnn": ("causal softmax, cuDNN", "C7"),
+    }
+    for ax, mode in zip(axes, MODES, strict=True):
+        for candidate, (label, color) in lines.items():
+            line = sorted(
+                (tokens, 1e6 * row["milliseconds"] / count)
+                for row, tokens, count in points
+                if row["mode"] == mode and row["candidate"] == candidate
+            )
+            if line:
+                ax.plot(*zip(*line, strict=True), "o-", color=color, label=label)
+        ax.set(xscale="log", yscale="log", xlabel="tokens in a sequence", title=mode)
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("nanoseconds a token")
+    axes[0].legend(fontsize=7)
+    figure.suptitle(f"{device}: 4 heads of 128, {points[0][2]:,} tokens", fontsize=9)
+    return figure
+
+
 def sparsity(rows: list[dict], device: str) -> Figure | None:
     """Speed-up over dense attention by cuDNN against the share of blocks visited."""
     percent = {row["case"]: re.match(r"blocks (\d+)%", row["case"]) for row in rows}

@@ -18,12 +18,14 @@ Memory is what XLA plans for temporaries and results. `make bench` measures agai
 """
 CAPTIONS = {
     "time-gpu": "time beside peers",
+    "length-gpu": "time per token of linear attention against length",
     "sparsity-gpu": "speed-up against the share of blocks visited",
 }
 GPU = """
 Times are those of a call's kernels, as CUPTI reports them, unless marked "host": those
 hold the launches as well. A candidate without a time says why. "copy" reads and writes
-together the bytes that attention must read.
+together the bytes that attention must read; of linear attention, those that it reads
+and writes.
 """
 
 
