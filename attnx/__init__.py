@@ -2,6 +2,7 @@
 
 from attnx import masks as masks
 from attnx import neighborhood as neighborhood
+from attnx import select as select
 from attnx._dispatch import explain as explain
 from attnx.cache import KVCache as KVCache
 from attnx.linear import decay as decay
