@@ -15,3 +15,5 @@ from attnx.select.chosen import Chosen as Chosen
 from attnx.select.moba import moba_attention as moba_attention
 from attnx.select.moba import moba_mask as moba_mask
 from attnx.select.routed import routed_attention as routed_attention
+from attnx.select.vmoba import vmoba_attention as vmoba_attention
+from attnx.select.vmoba import vmoba_block_sizes as vmoba_block_sizes
