@@ -12,6 +12,10 @@ from attnx.select.choice import row_softmax as row_softmax
 from attnx.select.choice import threshold_blocks as threshold_blocks
 from attnx.select.choice import top_k_blocks as top_k_blocks
 from attnx.select.chosen import Chosen as Chosen
+from attnx.select.chunks import boundary_ratio as boundary_ratio
+from attnx.select.chunks import chunk_starts as chunk_starts
+from attnx.select.dhsa import dhsa_attention as dhsa_attention
+from attnx.select.dhsa import dhsa_mask as dhsa_mask
 from attnx.select.moba import moba_attention as moba_attention
 from attnx.select.moba import moba_mask as moba_mask
 from attnx.select.routed import routed_attention as routed_attention
