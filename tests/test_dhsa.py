@@ -75,7 +75,7 @@ def test_packed_documents_choose_as_alone():
         np.testing.assert_array_equal(got[b, 0], want)
 
 
-@pytest.mark.parametrize("size", [(8, 8), (3, 7), (29, 2)])
+@pytest.mark.parametrize("size", [(8, 8), (29, 2)])
 def test_bounds_never_miss_a_pair(size):
     bounded = mask(BUDGET)
     dense = np.asarray(bounded.to_dense(T, T, batch=B, heads=N))
@@ -103,7 +103,8 @@ def test_a_large_budget_is_causal_attention():
 
 def test_chunks_of_one_token_choose_the_best_tokens():
     query, key, _ = ARRAYS
-    one = dhsa_mask(query, key, jnp.ones((1, T), bool), max_chunks=T, budget=BUDGET)
+    starts = jnp.ones((1, T), bool)
+    one = dhsa_mask(query, key, starts, max_chunks=T, budget=BUDGET)
     got = np.asarray(one.to_dense(T, T, batch=B, heads=N))
     scores = jnp.einsum("btnh,bsnh->bnts", query, jnp.repeat(key, N // K, 2))
     scores = np.where(np.tri(T, dtype=bool), scores, -np.inf)

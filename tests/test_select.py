@@ -191,7 +191,11 @@ def test_choice_by_query_blocks_is_block_lists():
     lists = choice.to_block_mask(30, 30, block_size=size, mask=masks.Causal())
     tiles = chosen(choice).repeat(8, 2).repeat(4, 3)[:, :, :30, :30]
     want = attnx.dot_product_attention(
-        query, key, value, mask=jnp.asarray(tiles) & np.tri(30, dtype=bool)
+        query,
+        key,
+        value,
+        mask=jnp.asarray(tiles) & np.tri(30, dtype=bool),
+        implementation="reference",
     )
     got = attnx.block_sparse_attention(query, key, value, lists)
     chex.assert_trees_all_close(got, want, atol=2e-6)
@@ -221,10 +225,6 @@ CHOICES = {
 def test_routed_attention_is_attention_under_the_choice(name):
     arrays = normal(1, (B, T, N, H), (B, T, K, H), (B, T, K, 5))
     choice = CHOICES[name](scores())
-    if name == "none":
-        out, lse = routed(choice, "xla")(*arrays)
-        assert (out == 0).all()
-        assert (lse == -jnp.inf).all()
     assert_matches(routed(choice, "xla"), routed(choice, "reference"), arrays)
 
 
@@ -237,10 +237,9 @@ def test_union_lists_are_routed_attention():
         lists.to_dense(batch=B, heads=N), jnp.repeat(choice.to_tiles(), BLOCK, -1)
     )
     assert (lists.partial_counts < lists.counts).any()
-    got = attnx.dot_product_attention(
-        *arrays, mask=mask, scale=0.5, implementation="xla"
-    )
-    chex.assert_trees_all_close(got, routed(choice, "xla")(*arrays)[0], atol=2e-6)
+    got = attnx.block_sparse_attention(*arrays, lists, scale=0.5)
+    want = jax.jit(routed(choice, "xla"))(*arrays)[0]
+    chex.assert_trees_all_close(got, want, atol=2e-6)
 
 
 def test_counts_vary_without_another_program():
