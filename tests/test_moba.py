@@ -69,14 +69,6 @@ def test_routed_matches_the_reference(segment_ids):
     assert_matches(moba("xla", **options), moba("reference", **options), ARRAYS)
 
 
-def test_routed_is_the_mask_on_union_lists():
-    mask = moba_mask(*ARRAYS[:2], block_size=BLOCK, top_k=2)
-    lists = attnx.BlockMask.from_mask(mask, T, T, block_size=(8, 8), batch=B, heads=N)
-    want = attnx.block_sparse_attention(*ARRAYS, lists, implementation="xla")
-    got = jax.jit(moba("xla", top_k=2))(*ARRAYS)
-    chex.assert_trees_all_close(got, want, atol=2e-6)
-
-
 @pytest.mark.parametrize("block_size", [4, 64])
 def test_all_blocks_are_causal_attention(block_size):
     got = jax.jit(moba("xla", block_size=block_size, top_k=8))(*ARRAYS)

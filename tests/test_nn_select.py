@@ -144,14 +144,13 @@ def test_predictor_looks_at_its_window_and_learns():
             assert jnp.abs(grad[...]).max() > 1e-7, path
 
 
-def test_layers_learn_through_their_choice():
+def test_a_layer_learns_through_its_choice():
     @jax.jit
     @jax.grad
     def gradients(layer):
         return jnp.sin(layer(X)).sum()
 
-    for mixer in (MoBAMixer(4, 2), DHSAMixer(predictor(), 5, 6)):
-        grads = gradients(layer_of(mixer))
-        for part in (grads.query, grads.key, grads.value, grads.out):
-            assert jnp.isfinite(part.kernel[...]).all()
-            assert jnp.abs(part.kernel[...]).max() > 1e-6
+    grads = gradients(layer_of(MoBAMixer(4, 2)))
+    for part in (grads.query, grads.key, grads.value, grads.out):
+        assert jnp.isfinite(part.kernel[...]).all()
+        assert jnp.abs(part.kernel[...]).max() > 1e-6
