@@ -7,6 +7,7 @@ from attnx.softmax.masks import Causal as Causal
 from attnx.softmax.masks import Full as Full
 from attnx.softmax.masks import Lengths as Lengths
 from attnx.softmax.masks import Offset as Offset
+from attnx.softmax.masks import Power as Power
 from attnx.softmax.masks import Prefix as Prefix
 from attnx.softmax.masks import Segments as Segments
 from attnx.softmax.masks import Strided as Strided

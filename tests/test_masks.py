@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import assert_matches, normal
 from hypothesis import given
 from hypothesis import strategies as st
 
+import attnx
 from attnx import masks
 from attnx.softmax.mask import Tiles
 
@@ -44,6 +46,16 @@ MASKS = {
         lambda b, n, i, j: int(IDS[0, i]) == int(KEY_IDS[0, j]),
     ),
     "strided": (masks.Strided(5), lambda b, n, i, j: (i - j) % 5 == 0),
+    "power": (
+        masks.Power(),
+        lambda b, n, i, j: j <= i and (i - j).bit_count() <= 1,
+    ),
+    "power of blocks": (
+        masks.Power(3, window=4),
+        lambda b, n, i, j: (
+            j <= i and (i // 3 - j // 3 < 4 or (i // 3 - j // 3).bit_count() <= 1)
+        ),
+    ),
     "offset": (
         masks.Offset(masks.Causal(), query=jnp.array([3, 14]), key=1),
         lambda b, n, i, j: j + 1 <= i + (3, 14)[b],
@@ -84,7 +96,9 @@ def test_bounds_never_miss_a_pair(name, block_size):
     assert_bounds(dense(mask), some, every, block_size)
 
 
-@pytest.mark.parametrize("name", ["causal", "window", "prefix", "lengths", "from_fn"])
+@pytest.mark.parametrize(
+    "name", ["causal", "window", "prefix", "lengths", "from_fn", "power"]
+)
 def test_bounds_of_one_mask_are_exact(name):
     mask, _ = MASKS[name]
     some, every = mask.bounds(Tiles.grid(T, S, (8, 8), batch=2, heads=2))
@@ -103,6 +117,52 @@ def test_bounds_of_any_combination(left, right, stride, query, size):
     mask = masks.Offset(window & ~masks.Strided(stride), query=query) | masks.Prefix(2)
     some, every = mask.bounds(Tiles.grid(16, 16, size))
     assert_bounds(np.asarray(mask.to_dense(16, 16)), some, every, size)
+
+
+def test_layers_of_power_reach_the_distances_of_few_binary_ones():
+    length, ones = 300, np.array([n.bit_count() for n in range(300)])
+    seen = np.asarray(masks.Power().to_dense(length, length)[0, 0])
+    distance = np.subtract.outer(np.arange(length), np.arange(length))
+    reached = np.eye(length, dtype=bool)
+    for layers in range(1, 9):
+        reached = reached @ seen
+        want = (distance >= 0) & (ones[np.maximum(distance, 0)] <= layers)
+        np.testing.assert_array_equal(reached, want)
+        hole_free = min(2 ** (layers + 1) - 2, length - 1)
+        assert reached[-1, length - 1 - hole_free :].all()
+    assert reached[np.tri(length, dtype=bool)].all()
+
+
+def test_power_of_blocks_has_the_papers_density():
+    power = masks.Power(256, window=5) | masks.Causal() & masks.Prefix(256)
+    for length, density in ((8192, 0.389), (32768, 0.131), (131072, 0.041)):
+        lists = attnx.BlockMask.from_mask(power, length, length, block_size=(256, 256))
+        tokens = 256 * (256 * lists.counts.sum() - (length // 256) * 255 / 2)
+        np.testing.assert_allclose(
+            tokens / (length * (length + 1) / 2), density, atol=5e-4
+        )
+
+
+def test_power_attends_alike_everywhere():
+    mask = masks.Power(3, window=2)
+    arrays = normal(0, *[(1, 50, 2, 8)] * 3)
+
+    def attention(implementation):
+        return lambda *arrays: attnx.dot_product_attention(
+            *arrays, mask=mask, implementation=implementation, return_residual=True
+        )
+
+    assert_matches(attention("xla"), attention("reference"), arrays)
+    query, key, value = arrays
+    length = jnp.array([50])
+    step = attnx.decode_attention(query[:, -1:], key, value, length, mask=mask)
+    want = attention("reference")(*arrays)[0][:, -1:]
+    chex.assert_trees_all_close(step, want, atol=2e-6)
+
+
+@pytest.mark.parametrize("size", [{"block_size": 64}, {"window": 64}])
+def test_wide_power_is_causal(size):
+    chex.assert_trees_all_equal(dense(masks.Power(**size)), dense(masks.Causal()))
 
 
 def test_combinations_are_pytrees_that_trace():
@@ -124,6 +184,8 @@ def test_bad_masks_are_refused():
         masks.Window(-1, 0)
     with pytest.raises(ValueError, match="Strided stride: expected at least 1, got 0"):
         masks.Strided(0)
+    with pytest.raises(ValueError, match="Power window: expected at least 1, got 0"):
+        masks.Power(window=0)
 
 
 def test_plot_draws_every_pair():

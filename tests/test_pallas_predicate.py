@@ -20,6 +20,7 @@ MASKS = {
     "causal or prefix": masks.Causal() | masks.Prefix(jnp.array([3, 70])),
     "documents": masks.Segments(IDS) & masks.Causal(),
     "not strided": ~masks.Strided(3),
+    "power": masks.Power(3, window=2),
     "neighborhood": masks.Neighborhood((16, 16), 5, 2, (1, 2), (True, False)),
     "offset": masks.Offset(masks.Causal(), query=jnp.array([5, 8])),
     "looked up": masks.from_fn(lambda b, h, q, k, rank: rank[q] > rank[k], RANK),

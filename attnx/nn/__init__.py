@@ -10,3 +10,7 @@ from attnx.nn.mixers import NeighborhoodMixer as NeighborhoodMixer
 from attnx.nn.mixers import SoftmaxMixer as SoftmaxMixer
 from attnx.nn.norms import SRMSNorm as SRMSNorm
 from attnx.nn.rotary import Rotary as Rotary
+from attnx.nn.select import BoundaryPredictor as BoundaryPredictor
+from attnx.nn.select import DHSAMixer as DHSAMixer
+from attnx.nn.select import MoBAMixer as MoBAMixer
+from attnx.nn.select import VMoBAMixer as VMoBAMixer

@@ -118,7 +118,7 @@ class SoftmaxMixer(Mixer):
         )
 
     def init_cache(self, query, key, value, max_length=None):
-        return _kv_cache(key, value, max_length)
+        return kv_cache(key, value, max_length)
 
     def step(self, query, key, value, cache, *, inputs=None):
         cache = cache.append(key, value)
@@ -187,7 +187,7 @@ class NeighborhoodMixer(Mixer):
         )
 
     def init_cache(self, query, key, value, max_length=None):
-        cache = _kv_cache(key, value, max_length)
+        cache = kv_cache(key, value, max_length)
         self._mask(cache.key.shape[1])
         return cache
 
@@ -214,7 +214,7 @@ class NeighborhoodMixer(Mixer):
         )
 
 
-def _kv_cache(key, value, max_length):
+def kv_cache(key, value, max_length):
     expect(
         isinstance(max_length, int) and max_length >= 1,
         "max_length",

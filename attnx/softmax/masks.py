@@ -169,6 +169,52 @@ class Strided(Mask):
 
 
 @mask_class()
+class Power(Mask):
+    """A query sees the blocks before it at distances 0 and powers of two.
+
+    PowerAttention (arXiv 2503.03588): with blocks of one token, a stack of n layers
+    carries a token to all distances with at most n binary ones, so to every distance up
+    to 2 ** (n + 1) - 2, at log2(T) keys a query. Causal. Blocks are counted from the
+    first token; all of the last `window` of them are seen, the own one included.
+
+    The paper's practical setting, with the first block for a sink, is
+    `Power(256, window=5) | Causal() & Prefix(256)`.
+    """
+
+    block_size: ArrayLike = 1
+    window: ArrayLike = 1
+
+    def __post_init__(self):
+        for name in ("block_size", "window"):
+            size = getattr(self, name)
+            if isinstance(size, int):
+                expect(size >= 1, f"Power {name}", "at least 1", size)
+
+    def __call__(self, batch, head, query, key):
+        distance = query // self.block_size - key // self.block_size
+        return (key <= query) & self._holds(distance)
+
+    def bounds(self, tiles):
+        query_low, query_high, key_low, key_high = (
+            x // self.block_size
+            for x in (tiles.query_low, tiles.query_high, tiles.key_low, tiles.key_high)
+        )
+        low = jnp.maximum(query_low - key_high, 0)
+        high = query_high - key_low
+        # The largest power of two up to `high` is the first to look at.
+        power = jnp.left_shift(1, 31 - jax.lax.clz(jnp.maximum(high, 1)))
+        some = self._holds(low) | (low <= power) & (power <= high)
+        every = (high < self.window) | (low == high) & self._holds(low)
+        return (
+            (tiles.key_low <= tiles.query_high) & some,
+            (tiles.key_high <= tiles.query_low) & every,
+        )
+
+    def _holds(self, distance):
+        return (distance < self.window) | (distance & (distance - 1) == 0)
+
+
+@mask_class()
 class Dense(Mask):
     """The boolean array that `jax.nn` takes: broadcastable to `[B, N, T, S]`."""
 
