@@ -74,6 +74,11 @@ CASES = {
     "lists per head": case(
         attnx.block_sparse_attention, shapes(1, 200, 2, 64), block_mask=LISTS
     ),
+    "blocks of 384 queries": case(
+        attnx.block_sparse_attention,
+        shapes(1, 500, 1, 128),
+        block_mask=BlockMask.from_mask(masks.Causal(), 500, 500, block_size=(384, 128)),
+    ),
     "1-D": case(
         attnx.neighborhood_attention,
         shapes(1, 300, 1, 64),

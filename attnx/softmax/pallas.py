@@ -69,7 +69,7 @@ def attention(
             _predicate(block_mask.mask, key_len, block[1]),
             batch,
             heads,
-            query_len + -query_len % block[0],
+            query_len + (-query_len % block[0]),
             key_len + key_pad,
         )
     call = _Call(Masking(*block, predicate), scale, transposed, block_mask, config)
@@ -113,9 +113,8 @@ def block_size(
     """Queries and keys of the blocks that serve a mask best."""
     # Small heads leave registers for a third warpgroup, which hides exponentials; the
     # ordered backward has two.
-    size = max(query.shape[-1], value.shape[-1])
-    three = size <= _WIDEST_OF_THREE and not config.deterministic
-    return (3 * ROWS if three else BLOCK), BLOCK
+    small = max(query.shape[-1], value.shape[-1]) <= _WIDEST_OF_THREE
+    return (3 * ROWS if small and not config.deterministic else BLOCK), BLOCK
 
 
 def key_tile(query: jax.Array, value: jax.Array) -> int:
@@ -141,14 +140,15 @@ def _attention(call, query, key, value, lists, looked_up):
 
 
 def _forward(call, query, key, value, lists, looked_up):
-    size = max(query.shape[-1], value.shape[-1])
+    small = max(query.shape[-1], value.shape[-1]) <= _WIDEST_OF_THREE
+    divides = call.masking.query_block % (3 * ROWS) == 0
     kernel = mappable(
         attention_kernel,
         call.masking,
         scale=call.scale,
         key_tile=key_tile(query, value),
-        stages=3 if size <= _WIDEST_OF_THREE else 2,
-        warpgroups=3 if call.masking.query_block % (3 * ROWS) == 0 else 2,
+        stages=3 if small else 2,
+        warpgroups=3 if small and divides else 2,
     )
     out, lse = kernel((query, key, value), (lists, looked_up))
     residuals = query, key, value, lists, looked_up, out, lse
@@ -170,13 +170,9 @@ def _backward(call, residuals, cotangents):
     lse = jnp.where(jnp.isfinite(lse), lse, jnp.inf)
     query_len = query.shape[1]
     rest = -query_len % call.masking.query_block
-    by_row = lambda x, fill: jnp.pad(
-        x, ((0, 0), (0, 0), (0, rest)), constant_values=fill
-    )
-    arrays = (
-        *(_pad(query, rest), key, value, _pad(d_out, rest)),
-        *(by_row(lse, jnp.inf), by_row(delta, 0)),
-    )
+    arrays = _pad(query, rest), key, value, _pad(d_out, rest)
+    at_end = ((0, 0), (0, 0), (0, rest))
+    arrays += jnp.pad(lse, at_end, constant_values=jnp.inf), jnp.pad(delta, at_end)
     by_key = Lists(*transposed())
     size = max(query.shape[-1], value.shape[-1])
     if call.config.deterministic or size > _WIDEST_FUSED:
