@@ -34,6 +34,7 @@ def attention_grad(
     masking: Masking,
     *,
     scale: float,
+    query_tile: int,
     stages: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of `attention`.
@@ -51,6 +52,8 @@ def attention_grad(
       looked_up: the arrays of `predicate.trace`.
       masking: the blocks' sizes and the predicate.
       scale: positive factor on the scores.
+      query_tile: queries of one step, a divisor of `masking.query_block`: 64, or 128
+        where heads, of at most 64, leave registers and shared memory for them.
       stages: query tiles in flight.
 
     Returns:
@@ -61,9 +64,12 @@ def attention_grad(
     group = heads // key_heads
     dtype = query.dtype
     tile = 2 * ROWS
-    shape = (ROWS, ROWS)
-    split = masking.query_block // ROWS
-    half = head_size // 2
+    shape = (ROWS, query_tile)
+    split = masking.query_block // query_tile
+    # Each warpgroup makes half of the queries' gradients: half of the rows, or, where
+    # these are too few for a product, of the columns.
+    by_rows = query_tile == 2 * ROWS
+    columns_held = head_size if by_rows else head_size // 2
     log2_scale = scale * LOG2E
 
     def body(*refs):
@@ -84,12 +90,16 @@ def attention_grad(
 
         def query_start(visits, j):
             block = visits.block(lax.div(j, jnp.int32(split))) * masking.query_block
-            return block, lax.rem(j, jnp.int32(split)) * ROWS
+            return block, lax.rem(j, jnp.int32(split)) * query_tile
 
         def consume():
             plgpu.set_max_registers(240, action="increase")
             first_row = wg * ROWS
             k, v = k_s.at[pl.ds(first_row, ROWS)], v_s.at[pl.ds(first_row, ROWS)]
+            if by_rows:
+                own_query, own_columns = first_row, pl.ds(0, head_size)
+            else:
+                own_query, own_columns = 0, pl.ds(wg * columns_held, columns_held)
             plgpu.barrier_wait(kv_full)
 
             def step(j, n, head, visits, sees, d_key, d_value):
@@ -120,8 +130,6 @@ def attention_grad(
                 ds_now.at[pl.ds(first_row, ROWS)][...] = ds
                 plgpu.commit_smem()
                 mosaic.meet(PAIR, pair)
-                plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(do_free.at[slot])
 
                 def write(d_query):
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -131,19 +139,20 @@ def attention_grad(
                         dq_s.at[wg],
                         dq_g.at[
                             b,
-                            pl.ds(sum(query_start(visits, j)), ROWS),
+                            pl.ds(sum(query_start(visits, j)) + own_query, ROWS),
                             head,
-                            pl.ds(wg * half, half),
+                            own_columns,
                         ],
                     )
 
                 mosaic.product_beside(
                     (
-                        mosaic.transposed(ds_now),
-                        k_s.at[:, pl.ds(wg * half, half)],
+                        mosaic.transposed(ds_now.at[:, pl.ds(own_query, ROWS)]),
+                        k_s.at[:, own_columns],
                     ),
                     (d_key, ds_now.at[pl.ds(first_row, ROWS)], q),
                     write,
+                    issued=lambda: plgpu.barrier_arrive(do_free.at[slot]),
                 )
                 plgpu.barrier_arrive(q_free.at[slot])
                 return n + 1
@@ -203,7 +212,7 @@ def attention_grad(
 
                 def step(j, n, head, visits):
                     slot = lax.rem(n, jnp.int32(stages))
-                    rows = pl.ds(sum(query_start(visits, j)), ROWS)
+                    rows = pl.ds(sum(query_start(visits, j)), query_tile)
                     again = n >= stages
                     pl.when(again)(lambda: plgpu.barrier_wait(q_free.at[slot]))
                     full = q_full.at[slot]
@@ -236,7 +245,7 @@ def attention_grad(
         pl.when(wg < 2)(consume)
         pl.when(wg == 2)(produce)
 
-    swizzle = mosaic.swizzle_of(half, dtype)
+    swizzle = mosaic.swizzle_of(columns_held, dtype)
     slots = functools.partial(plgpu.Barrier, num_barriers=stages)
     d_query = jnp.zeros(query.shape, jnp.float32)
     return mosaic.call_in_place(
@@ -246,11 +255,11 @@ def attention_grad(
         scratch=[
             mosaic.tiled((tile, head_size), dtype, swizzle),
             mosaic.tiled((tile, value_size), dtype),
-            mosaic.tiled((stages, ROWS, head_size), dtype, swizzle),
-            mosaic.tiled((stages, ROWS, value_size), dtype),
-            plgpu.SMEM((stages, 2, ROWS), jnp.float32),
-            mosaic.tiled((2, tile, ROWS), dtype, swizzle),
-            mosaic.tiled((2, ROWS, half), jnp.float32),
+            mosaic.tiled((stages, query_tile, head_size), dtype, swizzle),
+            mosaic.tiled((stages, query_tile, value_size), dtype),
+            plgpu.SMEM((stages, 2, query_tile), jnp.float32),
+            mosaic.tiled((2, tile, query_tile), dtype, swizzle),
+            mosaic.tiled((2, ROWS, columns_held), jnp.float32),
             plgpu.Barrier(num_arrivals=2),
             slots(num_arrivals=3),
             slots(),

@@ -323,10 +323,14 @@ def two_products(first, second, meanwhile):
     return pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
 
 
-def product_beside(first, second, write):
-    """`write(a b)` while `acc += c d` is computed, and then waits for that."""
+def product_beside(first, second, write, *, issued):
+    """`write(a b)` while `acc += c d` is computed, and then waits for that.
+
+    `issued` runs when both are on their way and the product before them is done.
+    """
     (a, b), (acc, c, d) = first, second
     if interpreted():
+        issued()
         result = plain(a) @ plain(b)
         add_product(acc, c, d)
         write(result)
@@ -335,6 +339,8 @@ def product_beside(first, second, write):
     def run(left):
         plgpu.wgmma(left, a, b)
         plgpu.wgmma(acc, c, d)
+        plgpu.wgmma_wait(2)
+        issued()
         write(plgpu.wgmma_accumulator_load(left, wait_n=1))
 
     pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))

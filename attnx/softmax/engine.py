@@ -105,8 +105,10 @@ def attend(
                 block_mask=order.lists(),
                 transposed=order.transposed,
             )
-        blocks = block_mask(pallas.block_size(query, value, config))
-        return run(query, key, value, block_mask=blocks)
+        size, grad_size = pallas.block_sizes(query, value, config)
+        blocks = block_mask(size)
+        grad_blocks = blocks if size == grad_size else block_mask(grad_size)
+        return run(query, key, value, block_mask=blocks, grad_block_mask=grad_blocks)
 
     return dispatch(
         mechanism,

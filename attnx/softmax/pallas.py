@@ -26,7 +26,8 @@ BLOCK = 128
 HEAD_SIZES = (32, 64, 96, 128, 256)
 # Wider heads leave registers for one gradient at a time.
 _WIDEST_FUSED = 128
-_WIDEST_OF_THREE = 64
+# And narrower ones for a third warpgroup that computes, or for two query tiles a step.
+_NARROW = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +50,17 @@ def attention(
     *,
     block_mask: BlockMask,
     scale: float,
+    grad_block_mask: BlockMask | None = None,
     transposed: Callable[[], Lists] | None = None,
     config: KernelConfig = KernelConfig(),
 ) -> tuple[jax.Array, jax.Array]:
     """Attends over the listed blocks, as `reference.attention` over its mask.
 
+    The backward walks the blocks of `grad_block_mask`, by default `block_mask`;
     `transposed` makes the lists of queries for each key block where there is a better
-    way than from `block_mask`.
+    way than from these.
     """
+    grad_block_mask = grad_block_mask or block_mask
     batch, query_len, heads, _ = query.shape
     key_len = key.shape[1]
     if scale <= 0:  # The kernels take a row's peak from unscaled scores.
@@ -72,10 +76,20 @@ def attention(
             query_len + (-query_len % block[0]),
             key_len + key_pad,
         )
-    call = _Call(Masking(*block, predicate), scale, transposed, block_mask, config)
+    call = _Call(
+        Masking(*block, predicate),
+        Masking(*grad_block_mask.block_size, predicate),
+        scale,
+        transposed,
+        grad_block_mask,
+        config,
+    )
     padded = (_pad(query, -query_len % ROWS), _pad(key, key_pad), _pad(value, key_pad))
-    lists = Lists(block_mask.indices, block_mask.counts, block_mask.partial_counts)
-    out, lse = _attention(call, *padded, lists, looked_up)
+    lists, grad_lists = (
+        Lists(blocks.indices, blocks.counts, blocks.partial_counts)
+        for blocks in (block_mask, grad_block_mask)
+    )
+    out, lse = _attention(call, *padded, lists, grad_lists, looked_up)
     return out[:, :query_len], lse[:, :query_len]
 
 
@@ -107,14 +121,15 @@ def unsupported(
     return wrong_device()
 
 
-def block_size(
+def block_sizes(
     query: jax.Array, value: jax.Array, config: KernelConfig
-) -> tuple[int, int]:
-    """Queries and keys of the blocks that serve a mask best."""
-    # Small heads leave registers for a third warpgroup, which hides exponentials; the
-    # ordered backward has two.
-    small = max(query.shape[-1], value.shape[-1]) <= _WIDEST_OF_THREE
-    return (3 * ROWS if small and not config.deterministic else BLOCK), BLOCK
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Queries and keys of the blocks that serve a mask best, forward and backward."""
+    # The third warpgroup hides exponentials. The backward has two, and one that keeps
+    # an order reads the forward's lists as well.
+    small = max(query.shape[-1], value.shape[-1]) <= _NARROW
+    queries = 3 * ROWS if small and not config.deterministic else BLOCK
+    return (queries, BLOCK), (BLOCK, BLOCK)
 
 
 def key_tile(query: jax.Array, value: jax.Array) -> int:
@@ -128,19 +143,20 @@ class _Call:
     """What of a call is not an array."""
 
     masking: Masking
+    grad_masking: Masking
     scale: float
     transposed: Callable[[], Lists] | None
-    block_mask: BlockMask
+    grad_block_mask: BlockMask
     config: KernelConfig
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(call, query, key, value, lists, looked_up):
-    return _forward(call, query, key, value, lists, looked_up)[0]
+def _attention(call, query, key, value, lists, grad_lists, looked_up):
+    return _forward(call, query, key, value, lists, grad_lists, looked_up)[0]
 
 
-def _forward(call, query, key, value, lists, looked_up):
-    small = max(query.shape[-1], value.shape[-1]) <= _WIDEST_OF_THREE
+def _forward(call, query, key, value, lists, grad_lists, looked_up):
+    small = max(query.shape[-1], value.shape[-1]) <= _NARROW
     divides = call.masking.query_block % (3 * ROWS) == 0
     kernel = mappable(
         attention_kernel,
@@ -151,7 +167,7 @@ def _forward(call, query, key, value, lists, looked_up):
         warpgroups=3 if small and divides else 2,
     )
     out, lse = kernel((query, key, value), (lists, looked_up))
-    residuals = query, key, value, lists, looked_up, out, lse
+    residuals = query, key, value, grad_lists, looked_up, out, lse
     return (out, jnp.swapaxes(lse, 1, 2) / LOG2E), residuals
 
 
@@ -164,12 +180,12 @@ def _backward(call, residuals, cotangents):
     transposed = call.transposed
     if transposed is None:
         # Their arrays come as arguments: those of `call` may be another trace's.
-        same = dataclasses.replace(call.block_mask, **lists._asdict())
+        same = dataclasses.replace(call.grad_block_mask, **lists._asdict())
         transposed = functools.partial(transpose, same)
     # A query that saw nothing gets the weight exp(-inf) everywhere.
     lse = jnp.where(jnp.isfinite(lse), lse, jnp.inf)
     query_len = query.shape[1]
-    rest = -query_len % call.masking.query_block
+    rest = -query_len % call.grad_masking.query_block
     arrays = _pad(query, rest), key, value, _pad(d_out, rest)
     at_end = ((0, 0), (0, 0), (0, rest))
     arrays += jnp.pad(lse, at_end, constant_values=jnp.inf), jnp.pad(delta, at_end)
@@ -181,18 +197,24 @@ def _backward(call, residuals, cotangents):
         for by in ("query", "key", "value"):
             kernel = mappable(
                 functools.partial(ordered_kernel, by),
-                call.masking,
+                call.grad_masking,
                 scale=call.scale,
                 stages=stages,
             )
             visited = lists if by == "query" else by_key
             grads.append(kernel(arrays, (visited, looked_up)))
         d_query, d_key, d_value = grads
-        return d_query[:, :query_len], d_key, d_value, None, None
-    kernel = mappable(grad_kernel, call.masking, scale=call.scale, stages=2)
+        return d_query[:, :query_len], d_key, d_value, None, None, None
+    kernel = mappable(
+        grad_kernel,
+        call.grad_masking,
+        scale=call.scale,
+        query_tile=2 * ROWS if size <= _NARROW else ROWS,
+        stages=2,
+    )
     d_query, d_key, d_value = kernel(arrays, (by_key, looked_up))
     d_query = (d_query * call.scale).astype(query.dtype)
-    return d_query[:, :query_len], d_key, d_value, None, None
+    return d_query[:, :query_len], d_key, d_value, None, None, None
 
 
 _attention.defvjp(_forward, _backward)
