@@ -57,11 +57,12 @@ def attention_grad(
       stages: query tiles in flight.
 
     Returns:
-      Gradients of the query, in float32 and still to be scaled, of key and of value.
+      Gradients of the query, in float32 and still to be scaled, and of key and value
+      for each of the N heads. Heads that share keys are not summed here: blocks of
+      threads that walk one head at a time find its queries in the cache.
     """
     batch, _, heads, head_size = query.shape
     _, key_len, key_heads, value_size = value.shape
-    group = heads // key_heads
     dtype = query.dtype
     tile = 2 * ROWS
     shape = (ROWS, query_tile)
@@ -78,17 +79,15 @@ def attention_grad(
         dq_g, dk_g, dv_g, *local = refs[9 + len(looked_up) :]
         k_s, v_s, q_s, do_s, row_s, ds_s, dq_s, *barriers, acc_k, acc_v = local
         kv_full, q_full, do_full, q_free, do_free, pair = barriers
-        kv_head, i, b = (lax.axis_index(axis) for axis in ("h", "k", "b"))
+        head, i, b = (lax.axis_index(axis) for axis in ("h", "k", "b"))
         wg = lax.axis_index("wg")
         start = i * tile
         key_block = lax.div(start, jnp.int32(masking.key_block))
 
-        def visits_of(member):
-            head = kv_head * group + member
-            visits = Visits(lists_g, b, head, heads, key_block)
-            return head, visits
+        kv_head = lax.div(head, jnp.int32(heads // key_heads))
+        visits = Visits(lists_g, b, head, heads, key_block)
 
-        def query_start(visits, j):
+        def query_start(j):
             block = visits.block(lax.div(j, jnp.int32(split))) * masking.query_block
             return block, lax.rem(j, jnp.int32(split)) * query_tile
 
@@ -102,8 +101,8 @@ def attention_grad(
                 own_query, own_columns = 0, pl.ds(wg * columns_held, columns_held)
             plgpu.barrier_wait(kv_full)
 
-            def step(j, n, head, visits, sees, d_key, d_value):
-                slot = lax.rem(n, jnp.int32(stages))
+            def step(j, _, sees, d_key, d_value):
+                slot = lax.rem(j, jnp.int32(stages))
                 q, do = q_s.at[slot], do_s.at[slot]
 
                 def columns(which):
@@ -113,7 +112,7 @@ def attention_grad(
                 def probabilities(scores):
                     p = jnp.exp2(scores * log2_scale - columns(0))
                     if sees is not None:
-                        p = jnp.where(sees(*query_start(visits, j)), p, 0.0)
+                        p = jnp.where(sees(*query_start(j)), p, 0.0)
                     return p
 
                 plgpu.barrier_wait(q_full.at[slot])
@@ -126,7 +125,7 @@ def attention_grad(
                 mosaic.add_product(d_value, p.astype(dtype), do)
                 ds = (p * (dp - columns(1))).astype(dtype)
                 # The other warpgroup met this one after it last read this buffer.
-                ds_now = ds_s.at[lax.rem(n, jnp.int32(2))]
+                ds_now = ds_s.at[lax.rem(j, jnp.int32(2))]
                 ds_now.at[pl.ds(first_row, ROWS)][...] = ds
                 plgpu.commit_smem()
                 mosaic.meet(PAIR, pair)
@@ -139,7 +138,7 @@ def attention_grad(
                         dq_s.at[wg],
                         dq_g.at[
                             b,
-                            pl.ds(sum(query_start(visits, j)) + own_query, ROWS),
+                            pl.ds(sum(query_start(j)) + own_query, ROWS),
                             head,
                             own_columns,
                         ],
@@ -155,36 +154,23 @@ def attention_grad(
                     issued=lambda: plgpu.barrier_arrive(do_free.at[slot]),
                 )
                 plgpu.barrier_arrive(q_free.at[slot])
-                return n + 1
 
             def walk(d_key, d_value):
-                def member(g, n):
-                    head, visits = visits_of(g)
-                    run = functools.partial(
-                        step, head=head, visits=visits, d_key=d_key, d_value=d_value
+                run = functools.partial(step, d_key=d_key, d_value=d_value)
+                partial = jnp.int32(0)
+                if masking.predicate is not None:
+                    sees = Sees(
+                        masking.predicate,
+                        looked_up_g,
+                        (b, head),
+                        (start, first_row),
+                        shape,
+                        query_axis=1,
                     )
-                    partial = jnp.int32(0)
-                    if masking.predicate is not None:
-                        sees = Sees(
-                            masking.predicate,
-                            looked_up_g,
-                            (b, head),
-                            (start, first_row),
-                            shape,
-                            query_axis=1,
-                        )
-                        partial = visits.partial_count * split
-                        n = lax.fori_loop(
-                            0, partial, functools.partial(run, sees=sees), n
-                        )
-                    return lax.fori_loop(
-                        partial,
-                        visits.count * split,
-                        functools.partial(run, sees=None),
-                        n,
-                    )
-
-                lax.fori_loop(0, group, member, jnp.int32(0))
+                    partial = visits.partial_count * split
+                    lax.fori_loop(0, partial, functools.partial(run, sees=sees), None)
+                full = functools.partial(run, sees=None)
+                lax.fori_loop(partial, visits.count * split, full, None)
 
             d_key, d_value = mosaic.accumulators(
                 walk,
@@ -197,8 +183,8 @@ def attention_grad(
             v[...] = d_value.astype(dtype)
             plgpu.commit_smem()
             rows = pl.ds(start + first_row, ROWS)
-            plgpu.copy_smem_to_gmem(k, dk_g.at[b, rows, kv_head])
-            plgpu.copy_smem_to_gmem(v, dv_g.at[b, rows, kv_head])
+            plgpu.copy_smem_to_gmem(k, dk_g.at[b, rows, head])
+            plgpu.copy_smem_to_gmem(v, dv_g.at[b, rows, head])
             plgpu.wait_smem_to_gmem(0)
 
         def produce():
@@ -210,10 +196,13 @@ def attention_grad(
                 plgpu.copy_gmem_to_smem(k_g.at[b, keys, kv_head], k_s, kv_full)
                 plgpu.copy_gmem_to_smem(v_g.at[b, keys, kv_head], v_s, kv_full)
 
-                def step(j, n, head, visits):
-                    slot = lax.rem(n, jnp.int32(stages))
-                    rows = pl.ds(sum(query_start(visits, j)), query_tile)
-                    again = n >= stages
+                steps = visits.count * split
+
+                @pl.loop(0, steps)
+                def _(j):
+                    slot = lax.rem(j, jnp.int32(stages))
+                    rows = pl.ds(sum(query_start(j)), query_tile)
+                    again = j >= stages
                     pl.when(again)(lambda: plgpu.barrier_wait(q_free.at[slot]))
                     full = q_full.at[slot]
                     plgpu.copy_gmem_to_smem(q_g.at[b, rows, head], q_s.at[slot], full)
@@ -227,16 +216,8 @@ def attention_grad(
                     plgpu.copy_gmem_to_smem(
                         do_g.at[b, rows, head], do_s.at[slot], do_full.at[slot]
                     )
-                    return n + 1
 
-                def member(g, n):
-                    head, visits = visits_of(g)
-                    run = functools.partial(step, head=head, visits=visits)
-                    return lax.fori_loop(0, visits.count * split, run, n)
-
-                n = lax.fori_loop(0, group, member, jnp.int32(0))
-
-                @pl.loop(jnp.maximum(n - stages, 0), n)
+                @pl.loop(jnp.maximum(steps - stages, 0), steps)
                 def _(j):
                     slot = lax.rem(j, jnp.int32(stages))
                     plgpu.barrier_wait(q_free.at[slot])
@@ -248,10 +229,14 @@ def attention_grad(
     swizzle = mosaic.swizzle_of(columns_held, dtype)
     slots = functools.partial(plgpu.Barrier, num_barriers=stages)
     d_query = jnp.zeros(query.shape, jnp.float32)
+    d_key, d_value = (
+        lax.empty((batch, key_len, heads, size), dtype)
+        for size in (head_size, value_size)
+    )
     return mosaic.call_in_place(
         body,
         (query, key, value, d_out, lse, delta, *lists, *looked_up),
-        (d_query, jnp.zeros_like(key), jnp.zeros_like(value)),
+        (d_query, d_key, d_value),
         scratch=[
             mosaic.tiled((tile, head_size), dtype, swizzle),
             mosaic.tiled((tile, value_size), dtype),
@@ -269,7 +254,7 @@ def attention_grad(
             mosaic.emulated(plgpu.SMEM((2, ROWS, head_size), jnp.float32)),
             mosaic.emulated(plgpu.SMEM((2, ROWS, value_size), jnp.float32)),
         ],
-        grid=(key_heads, key_len // tile, batch),
+        grid=(heads, key_len // tile, batch),
         grid_names=("h", "k", "b"),
         num_threads=3,
         thread_name="wg",

@@ -13,6 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from attnx._groups import sum_of_groups
 from attnx.linear import xla
 from attnx.linear.operands import by_token, empty_state
 from pallas_kernels.batching import mappable
@@ -127,8 +128,8 @@ def _backward(pieces, residuals, cotangents):
     d_scale = jnp.einsum("btnv,btnv->", out, d_out, preferred_element_type=jnp.float32)
     return (
         d_query,
-        _of_groups(d_key, key),
-        _of_groups(d_value, value),
+        sum_of_groups(d_key, key),
+        sum_of_groups(d_value, value),
         (d_scale / scale).astype(scale.dtype),
         d_log_decay,
         d_entering[:, :, 0],
@@ -173,15 +174,6 @@ def _decay(log_decay, scale, chunk_size=CHUNK) -> Decay:
         log_decay = jnp.swapaxes(log_decay, 1, 2)
         log_decay = log_decay.reshape(*log_decay.shape[:2], -1, chunk_size)
     return Decay(jnp.cumsum(log_decay * LOG2E, -1), scale[None])
-
-
-def _of_groups(gradient, array):
-    """The sum over the heads that share a key head."""
-    *tokens, heads, size = array.shape
-    if gradient.shape[2] == heads:
-        return gradient
-    gradient = gradient.reshape(*tokens, heads, -1, size)
-    return gradient.astype(jnp.float32).sum(3).astype(array.dtype)
 
 
 def _pieces(query: jax.Array) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from attnx._groups import sum_of_groups
 from attnx.softmax.block_mask import BlockMask, transpose
 from attnx.softmax.mask import Mask
 from attnx.softmax.masks import Full
@@ -214,6 +215,7 @@ def _backward(call, residuals, cotangents):
     )
     d_query, d_key, d_value = kernel(arrays, (by_key, looked_up))
     d_query = (d_query * call.scale).astype(query.dtype)
+    d_key, d_value = sum_of_groups(d_key, key), sum_of_groups(d_value, value)
     return d_query[:, :query_len], d_key, d_value, None, None, None
 
 
