@@ -46,7 +46,8 @@ def linear_scan(
     *,
     pieces: int,
     transposed: bool = False,
-) -> tuple[jax.Array | None, jax.Array]:
+    keep_states: bool = False,
+) -> tuple[jax.Array | None, ...]:
     """`sum_j weight(i, j) (query_i . key_j) value_j` over the tokens j up to i.
 
     Heads of each array divide N, the number of heads of `state`.
@@ -60,9 +61,12 @@ def linear_scan(
       decay: by chunks of `CHUNK`.
       pieces: equal parts of the sequence, of whole chunks, served side by side.
       transposed: sums over the tokens from i on; states enter from the right.
+      keep_states: also returns the states that enter the chunks. For H V of at most
+        `128 * 128`.
 
     Returns:
-      The sums `[B, T, N, V]`, in value's dtype, and what leaves each piece, as `state`.
+      The sums `[B, T, N, V]`, in value's dtype, what leaves each piece, as `state`, and
+      if asked for what enters each chunk, `[B, N, chunks, H, V]` in value's dtype.
     """
     batch, heads, served, size, value_size = state.shape
     length, dtype = key.shape[1], key.dtype
@@ -81,6 +85,8 @@ def linear_scan(
         if query is not None:
             out_g, *rest = rest
         last_g, *local = rest
+        if keep_states:
+            states_g, *local = local
         stream, local = Stream.of((*inputs, "since"), local)
         tokens_s, fulls, frees = stream
         state_s, out_s, read, written = local
@@ -112,6 +118,8 @@ def linear_scan(
                 out = mosaic.product(q, state_s)
                 entering = weights.entering(first_row, ROWS)
                 out = out * mosaic.along(entering, 0, out.shape)
+                if keep_states:
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(read)
                 plgpu.barrier_wait(fulls["value"].at[slot])
                 return mosaic.accumulated(out, p, tokens_s["value"].at[slot])
@@ -135,6 +143,12 @@ def linear_scan(
             def step(n, state):
                 slot = lax.rem(n, jnp.int32(stages))
                 chunk = chunk_of(n)
+                if keep_states:
+
+                    @pl.when(wg == 0)
+                    def _():
+                        plgpu.copy_smem_to_gmem(state_s, states_g.at[b, h, chunk])
+
                 plgpu.barrier_wait(fulls["since"].at[slot])
                 plgpu.barrier_wait(fulls["key"].at[slot])
                 weights = Weights(tokens_s["since"].at[slot], scale, transposed)
@@ -187,6 +201,9 @@ def linear_scan(
     if query is not None:
         out = jax.ShapeDtypeStruct((batch, length, heads, value_size), dtype)
         outputs.insert(0, out)
+    if keep_states:
+        kept = (batch, heads, length // CHUNK, size, value_size)
+        outputs.append(jax.ShapeDtypeStruct(kept, dtype))
     results = mosaic.call(
         body,
         (*inputs.values(), state, *decay),
@@ -268,6 +285,11 @@ class State:
         self._first_column = wg * columns if columns < shape[1] else 0
         self._columns = columns
 
+    @classmethod
+    def rows(cls, size, columns) -> int:
+        """Of a half."""
+        return cls._held(size, columns)[0]
+
     @staticmethod
     def _held(size, columns):
         return (size // 2, columns) if size >= 2 * ROWS else (size, columns // 2)
@@ -307,13 +329,14 @@ class Weights:
         self._since, self._scale, self._transposed = since, scale, transposed
         self._total = since[since.shape[0] - 1]
 
-    def within(self, first_row, shape):
-        """What tokens from `first_row` on weigh the chunk's tokens by."""
+    def within(self, first_row, shape, first_column=0):
+        """What tokens from `first_row` on weigh those from `first_column` on by."""
         own = mosaic.load(self._since.at[pl.ds(first_row, shape[0])], ROW)
         age = mosaic.along(own, 0, shape)
-        age = age - mosaic.along(mosaic.load(self._since, COL), 1, shape)
+        others = mosaic.load(self._since.at[pl.ds(first_column, shape[1])], COL)
+        age = age - mosaic.along(others, 1, shape)
         i = mosaic.along(first_row + mosaic.iota(shape[0], 0), 0, shape)
-        j = mosaic.along(mosaic.iota(shape[1], 1), 1, shape)
+        j = mosaic.along(first_column + mosaic.iota(shape[1], 1), 1, shape)
         age, seen = (-age, i <= j) if self._transposed else (age, i >= j)
         # Beyond the mask lie overflows, so it is inside the exponential.
         return jnp.exp2(jnp.where(seen, age, -jnp.inf)) * self._scale

@@ -12,6 +12,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from attnx._groups import sum_of_groups
 from attnx.linear import xla
@@ -20,6 +21,7 @@ from pallas_kernels.batching import mappable
 from pallas_kernels.linear_attention import CHUNK, Decay, linear_scan
 from pallas_kernels.linear_attention_grad import CHUNK as GRAD_CHUNK
 from pallas_kernels.linear_attention_grad import LARGEST, linear_grad
+from pallas_kernels.linear_decay_grad import linear_decay_grad
 from pallas_kernels.mosaic import LOG2E, wrong_device
 
 HEAD_SIZES = (64, 128, 256)
@@ -47,6 +49,7 @@ def linear_attention(
     """See `attnx.linear_attention`; returns the output and the final state."""
     del normalize
     length = query.shape[1]
+    one_decay = log_decay is not None and log_decay.ndim == 1
     if initial_state is None:
         initial_state = empty_state(query, value.shape[-1], jnp.float32)
     pieces = _pieces(query)
@@ -62,7 +65,8 @@ def linear_attention(
         tokens = [jnp.pad(x, ((0, 0), (0, fill), *rest(x))) for x in tokens]
     query, key, value, *by = tokens
     log_decay = by[0] if by else log_decay
-    out, state = _attention(pieces, query, key, value, scale, log_decay, initial_state)
+    options = (pieces, one_decay)
+    out, state = _attention(options, query, key, value, scale, log_decay, initial_state)
     out = out[:, :length]
     return (jnp.flip(out, 1) if reverse else out), state
 
@@ -91,40 +95,66 @@ def unsupported(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(pieces, query, key, value, scale, log_decay, initial_state):
-    return _forward(pieces, query, key, value, scale, log_decay, initial_state)[0]
-
-
-def _forward(pieces, query, key, value, scale, log_decay, initial_state):
+def _attention(options, query, key, value, scale, log_decay, initial_state):
     decay = _decay(log_decay, scale)
+    return _outputs(options[0], query, key, value, decay, initial_state)[:2]
+
+
+def _outputs(pieces, query, key, value, decay, initial_state):
     entering = _entering(pieces, (key, value), initial_state, decay)
     out, leaving = _scan((query, key, value, entering), decay, pieces=pieces)
-    residuals = query, key, value, scale, log_decay, entering, out
-    return (out, leaving[:, :, -1]), residuals
+    return out, leaving[:, :, -1], entering
 
 
-def _backward(pieces, residuals, cotangents):
-    """Each gradient is again a sum over earlier tokens, or over later ones."""
-    query, key, value, scale, log_decay, entering, out = residuals
-    d_out, d_last = cotangents
+def _forward(options, *primals):
+    wants_decay = primals[4].perturbed
+    query, key, value, scale, log_decay, initial_state = (x.value for x in primals)
     decay = _decay(log_decay, scale)
-    d_query, _ = _scan((d_out, value, key, entering.mT), decay, pieces=pieces)
-    options = {"pieces": pieces, "transposed": True}
+    out, last, entering = _outputs(options[0], query, key, value, decay, initial_state)
+    # By its presence the last state says that the decay has a gradient.
+    kept = last if wants_decay else None
+    return (out, last), (query, key, value, scale, log_decay, entering, out, kept)
+
+
+def _backward(options, residuals, cotangents):
+    """Each gradient is again a sum over earlier tokens, or over later ones."""
+    pieces, one_decay = options
+    query, key, value, scale, log_decay, entering, out, last = residuals
+    d_out, d_last = (
+        jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x
+        for x in cotangents
+    )
+    small = entering.shape[-2] * entering.shape[-1] <= LARGEST
+    # One for all tokens sums up what bfloat16 states leave over: xla keeps float32.
+    by_kernel = small and not one_decay
+    decay = _decay(log_decay, scale)
+    d_query, _, *states = _scan(
+        (d_out, value, key, entering.mT),
+        decay,
+        pieces=pieces,
+        keep_states=by_kernel and last is not None,
+    )
+    backwards = {"pieces": pieces, "transposed": True}
     d_leaving = _entering(pieces, (query, d_out), d_last, decay, transposed=True)
-    if entering.shape[-2] * entering.shape[-1] <= LARGEST:
-        decay = _decay(log_decay, scale, GRAD_CHUNK)
+    if small:
         d_key, d_value, d_entering = mappable(linear_grad)(
-            (query, key, value, d_out, d_leaving), (decay,)
+            (query, key, value, d_out, d_leaving),
+            (_decay(log_decay, scale, GRAD_CHUNK),),
         )
     else:
-        d_key, _ = _scan((value, d_out, query, d_leaving.mT), decay, **options)
-        d_value, d_entering = _scan((key, query, d_out, d_leaving), decay, **options)
-    # By tokens, it is a difference of long sums that bfloat16 gradients would drown: so
-    # xla takes it from the start, where anything asks for it.
-    of_decay = lambda log_decay: xla.linear_attention(
-        query, key, value, scale, log_decay, entering[:, :, 0], None, **_PLAIN
-    )
-    (d_log_decay,) = jax.vjp(of_decay, log_decay)[1](cotangents)
+        d_key, _ = _scan((value, d_out, query, d_leaving.mT), decay, **backwards)
+        d_value, d_entering = _scan((key, query, d_out, d_leaving), decay, **backwards)
+    if last is None:
+        d_log_decay = jnp.zeros_like(log_decay)
+    elif by_kernel:
+        tokens = query, key, value, d_out, *states, d_leaving.mT
+        sums, changes = mappable(linear_decay_grad)(tokens, (decay,))
+        d_log_decay = _of_decay(sums, changes, (last * d_last).sum((2, 3)))
+    else:
+        of_decay = lambda log_decay: xla.linear_attention(
+            query, key, value, scale, log_decay, entering[:, :, 0], None, **_PLAIN
+        )
+        (d_log_decay,) = jax.vjp(of_decay, log_decay)[1]((d_out, d_last))
     d_scale = jnp.einsum("btnv,btnv->", out, d_out, preferred_element_type=jnp.float32)
     return (
         d_query,
@@ -136,7 +166,22 @@ def _backward(pieces, residuals, cotangents):
     )
 
 
-_attention.defvjp(_forward, _backward)
+_attention.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _of_decay(sums, changes, after):
+    """The gradient `[B, T, N]` from what `linear_decay_grad` returns.
+
+    `after` is the sum that the last chunk should end with, `[B, N]`.
+    """
+    changes = changes.reshape(*sums.shape, CHUNK)
+    until = jnp.cumsum(changes, -1)
+    ends = jnp.concatenate([sums[..., 1:], after[..., None]], -1)
+    # Rounding is shared by the tokens between two sums that are known.
+    missing = (ends - (sums - until[..., -1])) / CHUNK
+    grads = sums[..., None] - (until - changes)
+    grads += missing[..., None] * jnp.arange(CHUNK)
+    return jnp.swapaxes(grads.reshape(*sums.shape[:2], -1), 1, 2)
 
 
 def _scan(tokens, decay, **options):
