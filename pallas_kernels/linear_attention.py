@@ -112,6 +112,10 @@ def linear_scan(
     others = [x for x in (counted and counted.state, offset and offset.row)]
     others = [x for x in others if x is not None]
 
+    # The copying warpgroup has more addresses to keep with one more array.
+    roomy = size * columns < _ELEMENTS
+    consumer, producer = (232, 40) if numbers and roomy else (240, 24)
+
     def body(*refs):
         tokens_g = dict(zip(inputs, refs, strict=False))
         state_g, since_g, scale_g, *rest = refs[len(inputs) :]
@@ -139,7 +143,7 @@ def linear_scan(
             return piece * chunks + (chunks - 1 - n if transposed else n)
 
         def consume():
-            plgpu.set_max_registers(240, action="increase")
+            plgpu.set_max_registers(consumer, action="increase")
             first_row = wg * ROWS
             scale = scale_g[row_of(scale_g, b)]
             held = State(state_s, (size, columns), wg, written, sums_s)
@@ -152,29 +156,31 @@ def linear_scan(
                 held.publish(state, sums)
 
             def outputs(weights, slot, chunk):
+                # Vectors come as late as they can: registers are few.
                 rows = pl.ds(first_row, ROWS)
                 q = tokens_s["query"].at[slot, rows]
+                number = lambda: mosaic.load(tokens_s["number"].at[slot, rows], ROW)
+                if offset:
+                    plgpu.barrier_wait(fulls["number"].at[slot])
+                plgpu.barrier_wait(fulls["query"].at[slot])
+                scores = mosaic.product(q, mosaic.transposed(tokens_s["key"].at[slot]))
+                if offset:
+                    scores = scores + mosaic.along(number(), 0, scores.shape)
+                p = scores * weights.within(first_row, (ROWS, CHUNK))
+                if divides:
+                    total = p.sum(axis=1)
+                p = p.astype(dtype)
                 entering = weights.entering(first_row, ROWS)
+                if divides:
+                    total = total + entering * held.seen(q)
                 if offset:
                     row = other_g.at[b, h, chunk, pl.ds(first_column, columns)]
                     row = mosaic.load(row, COL)
-                    plgpu.barrier_wait(fulls["number"].at[slot])
-                    number = mosaic.load(tokens_s["number"].at[slot, rows], ROW)
-                plgpu.barrier_wait(fulls["query"].at[slot])
-                if divides:
-                    total = entering * held.seen(q)
-                scores = mosaic.product(q, mosaic.transposed(tokens_s["key"].at[slot]))
-                if offset:
-                    scores = scores + mosaic.along(number, 0, scores.shape)
-                p = scores * weights.within(first_row, (ROWS, CHUNK))
-                if divides:
-                    total = total + p.sum(axis=1)
-                p = p.astype(dtype)
                 out = mosaic.product(q, state_s)
-                out = out * mosaic.along(entering, 0, out.shape)
                 if offset:
-                    number = mosaic.along(number * entering, 0, out.shape)
-                    out = out + number * mosaic.along(row, 1, out.shape)
+                    column = mosaic.along(number(), 0, out.shape)
+                    out = out + column * mosaic.along(row, 1, out.shape)
+                out = out * mosaic.along(entering, 0, out.shape)
                 plgpu.barrier_arrive(read)
                 plgpu.barrier_wait(fulls["value"].at[slot])
                 out = mosaic.accumulated(out, p, tokens_s["value"].at[slot])
@@ -204,24 +210,23 @@ def linear_scan(
                 state, sums = carry
                 slot = lax.rem(n, jnp.int32(stages))
                 chunk = chunk_of(n)
-                if divides:
-                    held.write_sums(sums, entered_g.at[b, h, chunk])
                 plgpu.barrier_wait(fulls["since"].at[slot])
                 plgpu.barrier_wait(fulls["key"].at[slot])
                 weights = Weights(tokens_s["since"].at[slot], scale, transposed)
+                k, v = (tokens_s[name].at[slot] for name in ("key", "value"))
+                if divides:
+                    held.write_sums(sums, entered_g.at[b, h, chunk])
+                if counted:  # While there are registers for it.
+                    number = None
+                    if numbers:
+                        plgpu.barrier_wait(fulls["number"].at[slot])
+                        number = mosaic.load(tokens_s["number"].at[slot], COL)
+                    sums = held.sums_after(sums, weights, k, number)
                 if query is not None:
                     out = outputs(weights, slot, chunk)
                 else:
                     plgpu.barrier_wait(fulls["value"].at[slot])
-                number = None
-                if counted and numbers:
-                    plgpu.barrier_wait(fulls["number"].at[slot])
-                    number = mosaic.load(tokens_s["number"].at[slot], COL)
-                k, v = (tokens_s[name].at[slot] for name in ("key", "value"))
-                leaving = held.leaving(weights, k)
-                if counted:
-                    sums = held.sums_after(sums, weights, leaving, number)
-                state = held.after(state, weights, leaving.astype(dtype), v)
+                state = held.after(state, weights, k, v)
                 for name in frees:
                     if name != "query":
                         plgpu.barrier_arrive(frees[name].at[slot])
@@ -238,7 +243,7 @@ def linear_scan(
             plgpu.wait_smem_to_gmem(0)
 
         def produce():
-            plgpu.set_max_registers(24, action="decrease")
+            plgpu.set_max_registers(producer, action="decrease")
 
             def source(name, n):
                 chunk = chunk_of(n)
@@ -395,24 +400,24 @@ class State:
         q = mosaic.load(queries, TILE).astype(jnp.float32)
         return (q * mosaic.along(mosaic.load(self._sums, COL), 1, q.shape)).sum(axis=1)
 
-    def leaving(self, weights: Weights, keys):
+    def after(self, state, weights: Weights, keys, values):
+        """This half after a chunk, of keys and values in shared memory."""
+        _, columns = self.place()
+        k = self._leaving(weights, keys).astype(keys.dtype)
+        return mosaic.accumulated(state * weights.across(), k, values.at[:, columns])
+
+    def sums_after(self, sums, weights: Weights, keys, by=None):
+        """The sums after a chunk, whose keys count for `by`, or for 1."""
+        k = self._leaving(weights, keys)
+        if by is not None:
+            k = k * mosaic.along(by, 1, k.shape)
+        return sums * weights.across() + k.sum(axis=1)
+
+    def _leaving(self, weights: Weights, keys):
         """What a chunk's keys add, in float32, with this half's rows as rows."""
         rows, _ = self.place()
         k = mosaic.load_transposed(keys.at[:, rows])
         return k.astype(jnp.float32) * mosaic.along(weights.leaving(), 1, k.shape)
-
-    def after(self, state, weights: Weights, leaving, values):
-        """This half after a chunk, of keys `leaving` and values in shared memory."""
-        _, columns = self.place()
-        return mosaic.accumulated(
-            state * weights.across(), leaving, values.at[:, columns]
-        )
-
-    def sums_after(self, sums, weights: Weights, leaving, by=None):
-        """The sums after a chunk, of keys `leaving` that count for `by`, or for 1."""
-        if by is not None:
-            leaving = leaving * mosaic.along(by, 1, leaving.shape)
-        return sums * weights.across() + leaving.sum(axis=1)
 
 
 class Weights:
