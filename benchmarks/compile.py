@@ -129,6 +129,18 @@ def cases() -> Iterator[tuple[str, Callable, tuple]]:
         linear = functools.partial(attnx.linear_attention, implementation="pallas")
         yield f"linear H{size}", linear, (tokens,) * 3
         yield f"linear H{size} backward", _backward(linear), (tokens,) * 3
+        if size <= 128:
+            kernel = functools.partial(linear, normalize=True)
+            yield f"linear normalized H{size}", kernel, (tokens,) * 3
+            yield (
+                f"linear normalized H{size} backward",
+                _backward(kernel),
+                (tokens,) * 3,
+            )
+        states = jax.ShapeDtypeStruct((2, 8, size, size), jnp.float32)
+        step = functools.partial(attnx.linear_attention_step, implementation="pallas")
+        structs = (states, *(_bfloat16(2, heads, size) for heads in (8, 2, 2)))
+        yield f"linear step H{size}", step, structs
         lengths = jax.ShapeDtypeStruct((2,), jnp.int32)
         decode = functools.partial(attnx.decode_attention, implementation="pallas")
         structs = (_bfloat16(2, 1, 8, size), grouped, grouped, lengths)

@@ -22,6 +22,7 @@ CHUNK = 128
 ROWS = CHUNK // 2  # One warpgroup's tokens.
 # Of the state, what one block of threads holds.
 _COLUMNS, _ELEMENTS = 128, 128 * 128
+EPS = 1e-12  # Added to denominators that are not 0.
 
 
 class Decay(NamedTuple):
@@ -37,17 +38,44 @@ class Decay(NamedTuple):
     scale: jax.Array
 
 
+class Counted(NamedTuple):
+    """That keys are summed as well, as by one more column of values, float32.
+
+    Attributes:
+      state: the sums that enter each piece, `[B, N, pieces, H]`.
+      by: what each key counts for, `[B, N, T]`; None for 1, and then the output is
+        divided by what the column comes to.
+    """
+
+    state: jax.Array
+    by: jax.Array | None
+
+
+class Offset(NamedTuple):
+    """One more column of queries, for which all keys have 1, float32.
+
+    Attributes:
+      column: `[B, N, T]`.
+      row: one more row of the states that enter the chunks, `[B, N, chunks, V]`.
+    """
+
+    column: jax.Array
+    row: jax.Array
+
+
 def linear_scan(
     query: jax.Array | None,
     key: jax.Array,
     value: jax.Array,
     state: jax.Array,
     decay: Decay,
+    counted: Counted | None = None,
+    offset: Offset | None = None,
     *,
     pieces: int,
     transposed: bool = False,
     keep_states: bool = False,
-) -> tuple[jax.Array | None, ...]:
+) -> tuple:
     """`sum_j weight(i, j) (query_i . key_j) value_j` over the tokens j up to i.
 
     Heads of each array divide N, the number of heads of `state`.
@@ -59,14 +87,18 @@ def linear_scan(
       state: what enters each piece, float32 `[B, N, pieces, H, V]`. With fewer pieces
         the first ones are summed (the last, if transposed), and for states alone.
       decay: by chunks of `CHUNK`.
+      counted: sums of keys to make as well. With queries, it divides.
+      offset: of queries.
       pieces: equal parts of the sequence, of whole chunks, served side by side.
       transposed: sums over the tokens from i on; states enter from the right.
       keep_states: also returns the states that enter the chunks. For H V of at most
         `128 * 128`.
 
     Returns:
-      The sums `[B, T, N, V]`, in value's dtype, what leaves each piece, as `state`, and
-      if asked for what enters each chunk, `[B, N, chunks, H, V]` in value's dtype.
+      The sums `[B, T, N, V]`, in value's dtype, and what leaves each piece, as `state`.
+      With `counted` also the sums that leave each piece, and with queries too the
+      denominators `[B, N, T]` and the sums that enter each chunk `[B, N, chunks, H]`.
+      With `keep_states` also the states, `[B, N, chunks, H, V]` in value's dtype.
     """
     batch, heads, served, size, value_size = state.shape
     length, dtype = key.shape[1], key.dtype
@@ -78,18 +110,35 @@ def linear_scan(
     stages = min(2 if size < 256 else 1, chunks)  # what shared memory has room for
     inputs = {"query": query, "key": key, "value": value}
     inputs = {name: x for name, x in inputs.items() if x is not None}
+    divides = counted is not None and query is not None
+    numbers = [x for x in (counted and counted.by, offset and offset.column)]
+    numbers = [x for x in numbers if x is not None]
+    others = [x for x in (counted and counted.state, offset and offset.row)]
+    others = [x for x in others if x is not None]
+
+    # The copying warpgroup has more addresses to keep with one more array.
+    roomy = size * columns < _ELEMENTS
+    consumer, producer = (232, 40) if numbers and roomy else (240, 24)
 
     def body(*refs):
         tokens_g = dict(zip(inputs, refs, strict=False))
         state_g, since_g, scale_g, *rest = refs[len(inputs) :]
+        if numbers:
+            tokens_g["number"], *rest = rest
+        if others:
+            other_g, *rest = rest
         if query is not None:
             out_g, *rest = rest
-        last_g, *local = rest
+        last_g, *rest = rest
+        if counted:
+            sums_g, *rest = rest
+        if divides:
+            total_g, entered_g, *rest = rest
         if keep_states:
-            states_g, *local = local
-        stream, local = Stream.of((*inputs, "since"), local)
+            states_g, *rest = rest
+        stream, local = Stream.of(tuple(buffers), rest)
         tokens_s, fulls, frees = stream
-        state_s, out_s, read, written = local
+        state_s, sums_s, out_s, read, written = local
         h, part, b = (lax.axis_index(axis) for axis in ("h", "part", "b"))
         wg = lax.axis_index("wg")
         place = lax.div(part, jnp.int32(splits))
@@ -100,29 +149,54 @@ def linear_scan(
             return piece * chunks + (chunks - 1 - n if transposed else n)
 
         def consume():
-            plgpu.set_max_registers(240, action="increase")
+            plgpu.set_max_registers(consumer, action="increase")
             first_row = wg * ROWS
             scale = scale_g[row_of(scale_g, b)]
-            held = State(state_s, (size, columns), wg, written)
+            held = State(state_s, (size, columns), wg, written, sums_s)
             own_g = (b, h, place, *held.place(first_column))
             state = mosaic.load(state_g.at[*own_g], TILE)
+            sums = None
+            if counted:
+                sums = mosaic.load(other_g.at[b, h, place, own_g[-2]], ROW)
             if query is not None:
-                held.publish(state)
+                held.publish(state, sums)
 
-            def outputs(weights, slot):
-                q = tokens_s["query"].at[slot, pl.ds(first_row, ROWS)]
+            def outputs(weights, slot, chunk):
+                # Vectors come as late as they can: registers are few.
+                rows = pl.ds(first_row, ROWS)
+                q = tokens_s["query"].at[slot, rows]
+                number = lambda: mosaic.load(tokens_s["number"].at[slot, rows], ROW)
+                if offset:
+                    plgpu.barrier_wait(fulls["number"].at[slot])
                 plgpu.barrier_wait(fulls["query"].at[slot])
                 scores = mosaic.product(q, mosaic.transposed(tokens_s["key"].at[slot]))
-                within = weights.within(first_row, (ROWS, CHUNK))
-                p = (scores * within).astype(dtype)
-                out = mosaic.product(q, state_s)
+                if offset:
+                    scores = scores + mosaic.along(number(), 0, scores.shape)
+                p = scores * weights.within(first_row, (ROWS, CHUNK))
+                if divides:
+                    total = p.sum(axis=1)
+                p = p.astype(dtype)
                 entering = weights.entering(first_row, ROWS)
+                if divides:
+                    total = total + entering * held.seen(q)
+                if offset:
+                    row = other_g.at[b, h, chunk, pl.ds(first_column, columns)]
+                    row = mosaic.load(row, COL)
+                out = mosaic.product(q, state_s)
+                if offset:
+                    column = mosaic.along(number(), 0, out.shape)
+                    out = out + column * mosaic.along(row, 1, out.shape)
                 out = out * mosaic.along(entering, 0, out.shape)
                 if keep_states:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(read)
                 plgpu.barrier_wait(fulls["value"].at[slot])
-                return mosaic.accumulated(out, p, tokens_s["value"].at[slot])
+                out = mosaic.accumulated(out, p, tokens_s["value"].at[slot])
+                if divides:
+                    out = out * mosaic.along(inverse(total), 0, out.shape)
+                    rows = pl.ds(chunk * CHUNK + first_row, ROWS)
+                    total_g.at[b, h, rows][...] = total
+                return out
 
             def write(out, chunk, slot):
                 rows = pl.ds(first_row, ROWS)
@@ -140,7 +214,8 @@ def linear_scan(
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(frees["query"].at[slot])
 
-            def step(n, state):
+            def step(n, carry):
+                state, sums = carry
                 slot = lax.rem(n, jnp.int32(stages))
                 chunk = chunk_of(n)
                 if keep_states:
@@ -152,26 +227,37 @@ def linear_scan(
                 plgpu.barrier_wait(fulls["since"].at[slot])
                 plgpu.barrier_wait(fulls["key"].at[slot])
                 weights = Weights(tokens_s["since"].at[slot], scale, transposed)
+                k, v = (tokens_s[name].at[slot] for name in ("key", "value"))
+                if divides:
+                    held.write_sums(sums, entered_g.at[b, h, chunk])
+                if counted:  # While there are registers for it.
+                    number = None
+                    if numbers:
+                        plgpu.barrier_wait(fulls["number"].at[slot])
+                        number = mosaic.load(tokens_s["number"].at[slot], COL)
+                    sums = held.sums_after(sums, weights, k, number)
                 if query is not None:
-                    out = outputs(weights, slot)
+                    out = outputs(weights, slot, chunk)
                 else:
                     plgpu.barrier_wait(fulls["value"].at[slot])
-                k, v = (tokens_s[name].at[slot] for name in ("key", "value"))
                 state = held.after(state, weights, k, v)
-                for name in ("key", "value", "since"):
-                    plgpu.barrier_arrive(frees[name].at[slot])
+                for name in frees:
+                    if name != "query":
+                        plgpu.barrier_arrive(frees[name].at[slot])
                 if query is not None:
                     plgpu.barrier_wait(read)
-                    held.publish(state)
+                    held.publish(state, sums)
                     write(out, chunk, slot)
-                return state
+                return state, sums
 
-            state = lax.fori_loop(0, chunks, step, state)
+            state, sums = lax.fori_loop(0, chunks, step, (state, sums))
             last_g.at[*own_g][...] = state
+            if counted:
+                held.write_sums(sums, sums_g.at[b, h, place])
             plgpu.wait_smem_to_gmem(0)
 
         def produce():
-            plgpu.set_max_registers(24, action="decrease")
+            plgpu.set_max_registers(producer, action="decrease")
 
             def source(name, n):
                 chunk = chunk_of(n)
@@ -179,6 +265,8 @@ def linear_scan(
                     return since_of(since_g, b, h, chunk)
                 gmem = tokens_g[name]
                 tokens = pl.ds(chunk * CHUNK, CHUNK)
+                if name == "number":
+                    return gmem.at[b, h, tokens]
                 head = lax.div(h, jnp.int32(heads // gmem.shape[2]))
                 if name == "value":
                     return gmem.at[b, tokens, head, pl.ds(first_column, columns)]
@@ -195,22 +283,30 @@ def linear_scan(
         for name in inputs
     }
     buffers["since"] = plgpu.SMEM((stages, CHUNK), jnp.float32)
+    if numbers:
+        buffers["number"] = plgpu.SMEM((stages, CHUNK), jnp.float32)
     published = mosaic.tiled((size, columns), dtype, swizzle)
     staged = mosaic.tiled((CHUNK, columns), dtype, swizzle)
     outputs = [jax.ShapeDtypeStruct(state.shape, jnp.float32)]
     if query is not None:
         out = jax.ShapeDtypeStruct((batch, length, heads, value_size), dtype)
         outputs.insert(0, out)
+    if counted:
+        outputs.append(jax.ShapeDtypeStruct(counted.state.shape, jnp.float32))
+    if divides:
+        shapes = (batch, heads, length), (batch, heads, length // CHUNK, size)
+        outputs += [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     if keep_states:
         kept = (batch, heads, length // CHUNK, size, value_size)
         outputs.append(jax.ShapeDtypeStruct(kept, dtype))
     results = mosaic.call(
         body,
-        (*inputs.values(), state, *decay),
+        (*inputs.values(), state, *decay, *numbers, *others),
         tuple(outputs),
         scratch=[
             *Stream.scratch(buffers),
             None if query is None else published,
+            plgpu.SMEM((size,), jnp.float32) if divides else None,
             None if query is None or size == columns else staged,
             plgpu.Barrier(num_arrivals=2),
             plgpu.Barrier(num_arrivals=2),
@@ -275,11 +371,13 @@ class Stream(NamedTuple):
 class State:
     """The state of one head: half in each warpgroup's registers, all in shared memory.
 
-    A half is half of the rows, or of the columns where rows are few.
+    A half is half of the rows, or of the columns where rows are few. `sums_ref` takes
+    what the keys sum up to, of which each warpgroup has those of its rows.
     """
 
-    def __init__(self, ref, shape, wg, written):
-        self._ref, self._written = ref, written
+    def __init__(self, ref, shape, wg, written, sums_ref=None):
+        self._ref, self._written, self._sums = ref, written, sums_ref
+        self._size, self._wg = shape[0], wg
         rows, columns = self._held(*shape)
         self._rows = pl.ds(wg * rows if rows < shape[0] else 0, rows)
         self._first_column = wg * columns if columns < shape[1] else 0
@@ -303,20 +401,45 @@ class State:
         """This warpgroup's half, of a state that begins at `first_column`."""
         return self._rows, pl.ds(first_column + self._first_column, self._columns)
 
-    def publish(self, state):
+    def publish(self, state, sums=None):
         """For both warpgroups to read; both have read what was there."""
         self._ref.at[*self.place()][...] = state.astype(self._ref.dtype)
+        if sums is not None:
+            self.write_sums(sums, self._sums)
         plgpu.commit_smem()
         plgpu.barrier_arrive(self._written)
         plgpu.barrier_wait(self._written)
 
+    def write_sums(self, sums, ref):
+        """This warpgroup's, or where both have all, the first's."""
+
+        @pl.when((self._wg == 0) | (self._rows.size < self._size))
+        def _():
+            ref.at[self._rows][...] = sums
+
+    def seen(self, queries):
+        """Inner products of queries in shared memory with the published sums."""
+        q = mosaic.load(queries, TILE).astype(jnp.float32)
+        return (q * mosaic.along(mosaic.load(self._sums, COL), 1, q.shape)).sum(axis=1)
+
     def after(self, state, weights: Weights, keys, values):
         """This half after a chunk, of keys and values in shared memory."""
-        rows, columns = self.place()
+        _, columns = self.place()
+        k = self._leaving(weights, keys).astype(keys.dtype)
+        return mosaic.accumulated(state * weights.across(), k, values.at[:, columns])
+
+    def sums_after(self, sums, weights: Weights, keys, by=None):
+        """The sums after a chunk, whose keys count for `by`, or for 1."""
+        k = self._leaving(weights, keys)
+        if by is not None:
+            k = k * mosaic.along(by, 1, k.shape)
+        return sums * weights.across() + k.sum(axis=1)
+
+    def _leaving(self, weights: Weights, keys):
+        """What a chunk's keys add, in float32, with this half's rows as rows."""
+        rows, _ = self.place()
         k = mosaic.load_transposed(keys.at[:, rows])
-        k = k.astype(jnp.float32) * mosaic.along(weights.leaving(), 1, k.shape)
-        state = state * weights.across()
-        return mosaic.accumulated(state, k.astype(keys.dtype), values.at[:, columns])
+        return k.astype(jnp.float32) * mosaic.along(weights.leaving(), 1, k.shape)
 
 
 class Weights:
@@ -360,6 +483,12 @@ class Weights:
 
     def _until(self, since):
         return jnp.exp2(self._total - since)
+
+
+def inverse(total):
+    """1 / total; where that is 0, 0."""
+    empty = total == 0.0
+    return jnp.where(empty, 0.0, 1.0 / (jnp.where(empty, 1.0, total) + EPS))
 
 
 def since_of(since, batch, head, chunk):

@@ -15,6 +15,7 @@ from jax import lax
 
 from pallas_kernels import mosaic
 from pallas_kernels.linear_attention import (
+    Counted,
     Decay,
     State,
     Stream,
@@ -22,7 +23,7 @@ from pallas_kernels.linear_attention import (
     row_of,
     since_of,
 )
-from pallas_kernels.mosaic import TILE
+from pallas_kernels.mosaic import COL, ROW, TILE
 
 CHUNK = 64
 # Key size times value size: half of the state fills a warpgroup's registers.
@@ -36,7 +37,8 @@ def linear_grad(
     d_out: jax.Array,
     d_state: jax.Array,
     decay: Decay,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    counted: Counted | None = None,
+) -> tuple[jax.Array, ...]:
     """Gradients of keys, values and states, of which the last come back to front.
 
     Args:
@@ -46,10 +48,13 @@ def linear_grad(
       d_out: the output's cotangent, `[B, T, N, V]`.
       d_state: that of the state after each piece, float32 `[B, N, pieces, H, V]`.
       decay: by chunks of `CHUNK`.
+      counted: the gradient of one more column of values, of ones: of the state after
+        each piece, and by token.
 
     Returns:
       Gradients of key and value for each of the N heads, `[B, T, N, H]` and
-      `[B, T, N, V]`, and of the state before each piece.
+      `[B, T, N, V]`, and of the state before each piece; with `counted` also of its
+      last column, `[B, N, pieces, H]`.
     """
     batch, heads, pieces, size, value_size = d_state.shape
     length, dtype = key.shape[1], key.dtype
@@ -60,14 +65,20 @@ def linear_grad(
     inputs = {"query": query, "key": key, "value": value, "d_out": d_out}
     shape = (CHUNK, CHUNK)
 
+    # The copying warpgroup has more addresses to keep with one more array.
+    consumer, producer = (232, 40) if counted else (240, 24)
+
     def body(*refs):
         tokens_g = dict(zip(inputs, refs, strict=False))
-        state_g, since_g, scale_g, d_key_g, d_value_g, first_g, *local = refs[
-            len(inputs) :
-        ]
-        stream, local = Stream.of((*inputs, "since"), local)
+        state_g, since_g, scale_g, *rest = refs[len(inputs) :]
+        if counted:
+            sums_g, tokens_g["number"], *rest = rest
+        d_key_g, d_value_g, first_g, *rest = rest
+        if counted:
+            first_sums_g, *rest = rest
+        stream, local = Stream.of(tuple(buffers), rest)
         tokens_s, fulls, frees = stream
-        state_s, d_key_s, d_value_s, read, written = local
+        state_s, sums_s, d_key_s, d_value_s, read, written = local
         h, piece, b = (lax.axis_index(axis) for axis in ("h", "piece", "b"))
         wg = lax.axis_index("wg")
 
@@ -75,24 +86,34 @@ def linear_grad(
             return piece * chunks + chunks - 1 - n
 
         def consume():
-            plgpu.set_max_registers(240, action="increase")
+            plgpu.set_max_registers(consumer, action="increase")
             scale = scale_g[row_of(scale_g, b)]
-            held = State(state_s, (size, value_size), wg, written)
+            held = State(state_s, (size, value_size), wg, written, sums_s)
             own_g = (b, h, piece, *held.place())
             state = mosaic.load(state_g.at[*own_g], TILE)
-            held.publish(state)
+            sums = None
+            if counted:
+                sums = mosaic.load(sums_g.at[b, h, piece, own_g[-2]], ROW)
+            held.publish(state, sums)
 
             def gradient(chunk, slot, weights, names, state_s, staged, grad_g):
                 """Of `own`: what `first` sees of it weighs `second`."""
                 own, first, second = names
+                # Of values' gradients, the column of ones has none.
+                also = counted and own == "value"
                 for name in names:
                     plgpu.barrier_wait(fulls[name].at[slot])
                 tokens = tokens_s[own].at[slot]
                 scores = mosaic.product(
                     tokens, mosaic.transposed(tokens_s[first].at[slot])
                 )
+                if also:
+                    number = mosaic.load(tokens_s["number"].at[slot], COL)
+                    scores = scores + mosaic.along(number, 1, shape)
                 p = (scores * weights.within(0, shape)).astype(dtype)
                 grad = mosaic.product(tokens, state_s)
+                if also:
+                    grad = grad + mosaic.along(mosaic.load(sums_s, COL), 1, grad.shape)
                 plgpu.barrier_arrive(read)
                 plgpu.barrier_arrive(frees[own].at[slot])
                 entering = weights.entering(0, CHUNK)
@@ -104,10 +125,13 @@ def linear_grad(
                 tokens = pl.ds(chunk * CHUNK, CHUNK)
                 plgpu.copy_smem_to_gmem(staged, grad_g.at[b, tokens, h])
 
-            def step(n, state):
+            def step(n, carry):
+                state, sums = carry
                 slot = lax.rem(n, jnp.int32(stages))
                 chunk = chunk_of(n)
                 plgpu.barrier_wait(fulls["since"].at[slot])
+                if counted:
+                    plgpu.barrier_wait(fulls["number"].at[slot])
                 weights = Weights(tokens_s["since"].at[slot], scale, transposed=True)
 
                 @pl.when(wg == 0)
@@ -125,19 +149,25 @@ def linear_grad(
                     )
 
                 q, do = (tokens_s[name].at[slot] for name in ("query", "d_out"))
+                if counted:
+                    number = mosaic.load(tokens_s["number"].at[slot], COL)
+                    sums = held.sums_after(sums, weights, q, number)
                 state = held.after(state, weights, q, do)
-                for name in ("query", "d_out", "since"):
-                    plgpu.barrier_arrive(frees[name].at[slot])
+                for name in frees:
+                    if name not in ("key", "value"):
+                        plgpu.barrier_arrive(frees[name].at[slot])
                 plgpu.barrier_wait(read)
-                held.publish(state)
-                return state
+                held.publish(state, sums)
+                return state, sums
 
-            state = lax.fori_loop(0, chunks, step, state)
+            state, sums = lax.fori_loop(0, chunks, step, (state, sums))
             first_g.at[*own_g][...] = state
+            if counted:
+                held.write_sums(sums, first_sums_g.at[b, h, piece])
             plgpu.wait_smem_to_gmem(0)
 
         def produce():
-            plgpu.set_max_registers(24, action="decrease")
+            plgpu.set_max_registers(producer, action="decrease")
 
             def source(name, n):
                 chunk = chunk_of(n)
@@ -145,6 +175,8 @@ def linear_grad(
                     return since_of(since_g, b, h, chunk)
                 gmem = tokens_g[name]
                 tokens = pl.ds(chunk * CHUNK, CHUNK)
+                if name == "number":
+                    return gmem.at[b, h, tokens]
                 head = lax.div(h, jnp.int32(heads // gmem.shape[2]))
                 return gmem.at[b, tokens, head]
 
@@ -158,17 +190,21 @@ def linear_grad(
         for name, x in inputs.items()
     }
     buffers["since"] = plgpu.SMEM((stages, CHUNK), jnp.float32)
+    more = [counted.state] if counted else []
+    if counted:
+        buffers["number"] = plgpu.SMEM((stages, CHUNK), jnp.float32)
     return mosaic.call(
         body,
-        (*inputs.values(), d_state, *decay),
+        (*inputs.values(), d_state, *decay, *(counted or ())),
         (
             jax.ShapeDtypeStruct((batch, length, heads, size), dtype),
             jax.ShapeDtypeStruct((batch, length, heads, value_size), dtype),
-            jax.ShapeDtypeStruct(d_state.shape, jnp.float32),
+            *(jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (d_state, *more)),
         ),
         scratch=[
             *Stream.scratch(buffers, {"key": 1, "value": 1}),
             mosaic.tiled((size, value_size), dtype, swizzle),
+            plgpu.SMEM((size,), jnp.float32) if counted else None,
             mosaic.tiled((CHUNK, size), dtype, swizzle),
             mosaic.tiled((CHUNK, value_size), dtype, swizzle),
             plgpu.Barrier(num_arrivals=2),

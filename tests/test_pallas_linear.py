@@ -4,10 +4,11 @@ import functools
 import itertools
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import assert_matches, normal
+from helpers import GRADIENT_ERROR, assert_matches, normal
 
 import attnx
 from attnx.linear import pallas
@@ -31,13 +32,16 @@ CASES = {
     ),
     "reverse": (1, 1, 150, 64, 64, "token", {"reverse": True}),
     "wide": (1, 1, 128, 256, 256, "head", {}),
+    "normalized": (2, 1, 200, 64, 64, "head", {"normalize": True}),
+    "normalized, by token": (1, 1, 256, 128, 64, "token", {"normalize": True}),
 }
-INTERPRETED = list(CASES) if SINCE_0_11 else ["per head, ragged"]
+INTERPRETED = list(CASES) if SINCE_0_11 else ["per head, ragged", "normalized"]
 
 
 def arrays(name, dtype="bfloat16"):
     """Query, key, value, initial state and, if there is one, log decay."""
-    heads, key_heads, length, size, value_size, decay, _ = CASES[name]
+    heads, key_heads, length, size, value_size, decay, options = CASES[name]
+    normalize = options.get("normalize", False)
     tokens = normal(
         0,
         (1, length, heads, size),
@@ -46,8 +50,19 @@ def arrays(name, dtype="bfloat16"):
         dtype=dtype,
     )
     by = {"head": (heads,), "token": (1, length, heads)}.get(decay)
-    state, *decays = normal(1, (1, heads, size, value_size), *[by] if by else [])
+    shape = 1, heads, size, value_size + normalize
+    state, *decays = normal(1, shape, *[by] if by else [])
+    if normalize:  # As features are.
+        query, key, value = tokens
+        tokens = jnp.exp(query / 4), jnp.exp(key / 4), value
+        state = jnp.abs(state)
     return *tokens, state, *(-jnp.abs(x) / 20 for x in decays)
+
+
+def gradient_error(name, dtype="bfloat16"):
+    """Of a quotient, gradients are differences of what was rounded."""
+    normalize = CASES[name][-1].get("normalize", False)
+    return (1.5 if normalize else 1) * GRADIENT_ERROR[dtype]
 
 
 def attention(implementation, **options):
@@ -80,28 +95,35 @@ def test_matches_the_reference(name):
             attention("pallas", **options),
             attention("reference", **options),
             arrays(name),
+            gradient_error=gradient_error(name),
         )
 
 
 @pytest.mark.skipif(not SINCE_0_11, reason="takes long before jax 0.11")
-@pytest.mark.parametrize("decay", ["head", "token"])
-def test_a_sequence_in_pieces_is_the_whole(decay, monkeypatch):
+@pytest.mark.parametrize("name", ["per head, ragged", "per token", "normalized"])
+def test_a_sequence_in_pieces_is_the_whole(name, monkeypatch):
     monkeypatch.setattr(pallas, "_pieces", lambda *_: 2)
-    name = {"head": "per head, ragged", "token": "per token"}[decay]
+    options = CASES[name][-1]
     with mosaic.interpret():
-        assert_matches(attention("pallas"), attention("reference"), arrays(name))
+        assert_matches(
+            attention("pallas", **options),
+            attention("reference", **options),
+            arrays(name),
+            gradient_error=gradient_error(name),
+        )
 
 
 @pytest.mark.skipif(not SINCE_0_11, reason="the detector came with jax 0.11")
-def test_no_memory_is_raced_for():
+@pytest.mark.parametrize("name", ["no decay", "normalized, by token"])
+def test_no_memory_is_raced_for(name):
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
     def gradients(*arrays):
-        out, pull = jax.vjp(attention("pallas"), *arrays)
+        out, pull = jax.vjp(attention("pallas", **CASES[name][-1]), *arrays)
         return pull(out)
 
     with mosaic.interpret(detect_races=True):
-        jax.block_until_ready(jax.jit(gradients)(*arrays("no decay")))
+        jax.block_until_ready(jax.jit(gradients)(*arrays(name)))
         assert not gpu_callbacks.get_races().races_found
 
 
@@ -130,6 +152,27 @@ def test_lowers_for_cuda(size, value_size):
     assert calls(gradients, *tokens) == (5 if together else 6)
 
 
+@pytest.mark.parametrize("name", ["normalized", "normalized, by token"])
+def test_normalizing_adds_no_pass(name):
+    def gradients(*arrays):
+        out, pull = jax.vjp(attention("pallas", **CASES[name][-1]), *arrays)
+        return pull(out)
+
+    assert calls(gradients, *arrays(name)) == 3
+
+
+def test_a_denominator_of_zero_gives_zero():
+    query, key, value, *_ = arrays("normalized")
+    fn = functools.partial(
+        attnx.linear_attention, normalize=True, implementation="pallas"
+    )
+    with mosaic.interpret():
+        out, pull = jax.vjp(fn, query, jnp.zeros_like(key), value)
+        gradients = pull(jnp.ones_like(out))
+    assert not out.any()
+    chex.assert_tree_all_finite(gradients)
+
+
 def test_a_short_sequence_is_one_piece():
     assert calls(attention("pallas"), *arrays("no decay")) == 1
 
@@ -139,7 +182,7 @@ def test_a_short_sequence_is_one_piece():
     [
         ("takes bfloat16 and float16, not float32", "float32", 64, {}),
         ("takes head sizes .*, not 48", "bfloat16", 48, {}),
-        ("does not normalize", "bfloat16", 64, {"normalize": True}),
+        ("normalizes .* up to 16384", "bfloat16", 256, {"normalize": True}),
         ("not per channel", "bfloat16", 64, {"log_decay": jnp.zeros((1, 256, 2, 64))}),
     ],
 )
@@ -159,4 +202,5 @@ def test_matches_the_reference_on_a_gpu(name, dtype):
         attention("pallas", **options),
         attention("reference", **options),
         arrays(name, dtype),
+        gradient_error=gradient_error(name, dtype),
     )

@@ -18,7 +18,15 @@ from attnx._groups import sum_of_groups
 from attnx.linear import xla
 from attnx.linear.operands import by_token, empty_state
 from pallas_kernels.batching import mappable
-from pallas_kernels.linear_attention import CHUNK, Decay, linear_scan
+from pallas_kernels.linear_attention import (
+    CHUNK,
+    EPS,
+    Counted,
+    Decay,
+    Offset,
+    inverse,
+    linear_scan,
+)
 from pallas_kernels.linear_attention_grad import CHUNK as GRAD_CHUNK
 from pallas_kernels.linear_attention_grad import LARGEST, linear_grad
 from pallas_kernels.linear_decay_grad import linear_decay_grad
@@ -47,11 +55,11 @@ def linear_attention(
     normalize: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """See `attnx.linear_attention`; returns the output and the final state."""
-    del normalize
     length = query.shape[1]
     one_decay = log_decay is not None and log_decay.ndim == 1
     if initial_state is None:
-        initial_state = empty_state(query, value.shape[-1], jnp.float32)
+        columns = value.shape[-1] + normalize
+        initial_state = empty_state(query, columns, jnp.float32)
     pieces = _pieces(query)
     fill = -length % (CHUNK * pieces)
     log_decay = by_token(log_decay, segment_ids, query, jnp.float32, reverse, fill > 0)
@@ -65,8 +73,10 @@ def linear_attention(
         tokens = [jnp.pad(x, ((0, 0), (0, fill), *rest(x))) for x in tokens]
     query, key, value, *by = tokens
     log_decay = by[0] if by else log_decay
-    options = (pieces, one_decay)
-    out, state = _attention(options, query, key, value, scale, log_decay, initial_state)
+    attend = functools.partial(_attention, (pieces, one_decay))
+    if normalize:
+        attend = functools.partial(_normalized, pieces)
+    out, state = attend(query, key, value, scale, log_decay, initial_state)
     out = out[:, :length]
     return (jnp.flip(out, 1) if reverse else out), state
 
@@ -89,8 +99,11 @@ def unsupported(
             return f"the kernel takes head sizes {HEAD_SIZES}, not {x.shape[-1]}"
     if log_decay is not None and log_decay.ndim == 4:
         return "the kernel takes a decay per head or token, not per channel"
-    if normalize:
-        return "the kernel does not normalize"
+    if normalize and key.shape[-1] * value.shape[-1] > LARGEST:
+        return (
+            f"the kernel normalizes key sizes times value sizes up to {LARGEST}, "
+            f"not {key.shape[-1]} times {value.shape[-1]}"
+        )
     return wrong_device()
 
 
@@ -184,18 +197,110 @@ def _of_decay(sums, changes, after):
     return jnp.swapaxes(grads.reshape(*sums.shape[:2], -1), 1, 2)
 
 
-def _scan(tokens, decay, **options):
-    return mappable(linear_scan, **options)(tokens, (decay,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _normalized(pieces, query, key, value, scale, log_decay, initial_state):
+    """The same, divided by the sums of weights; states have a last column for those."""
+    operands = query, key, value, scale, log_decay, initial_state
+    return _forward_normalized(pieces, *operands)[0]
 
 
-def _entering(pieces, tokens, state, decay, *, transposed=False):
-    """The states that enter the pieces, from the one that enters the first."""
+def _forward_normalized(pieces, query, key, value, scale, log_decay, initial_state):
+    decay = _decay(log_decay, scale)
+    entering = _entering(pieces, (key, value), initial_state, decay, counted=True)
+    states, counted = _parted(entering)
+    out, leaving, sums, total, rows = _scan(
+        (query, key, value, states), decay, counted=counted, pieces=pieces
+    )
+    last = jnp.concatenate([leaving, sums[..., None]], -1)[:, :, -1]
+    residuals = query, key, value, scale, log_decay, entering, out, total, rows
+    return (out, last), residuals
+
+
+def _backward_normalized(pieces, residuals, cotangents):
+    """Gradients of sums, values with a column of ones, and of their quotient."""
+    query, key, value, scale, log_decay, entering, out, total, rows = residuals
+    d_out, d_last = cotangents
+    decay = _decay(log_decay, scale)
+    shares = jnp.swapaxes(inverse(total), 1, 2)
+    d_sum = (d_out * shares[..., None]).astype(value.dtype)
+    # Of what was rounded, for the two gradients nearly cancel.
+    delta = jnp.sum(d_sum.astype(jnp.float32) * out, -1)
+    d_total = -jnp.swapaxes(delta, 1, 2)
+    states, _ = _parted(entering)
+    d_query, _ = _scan(
+        (d_sum, value, key, states.mT),
+        decay,
+        offset=Offset(d_total, rows),
+        pieces=pieces,
+    )
+    d_leaving = _entering(
+        *(pieces, (query, d_sum), d_last, decay),
+        counted=True,
+        by=d_total,
+        transposed=True,
+    )
+    d_states, d_counted = _parted(d_leaving, d_total)
+    run = mappable(
+        lambda q, k, v, do, state, counted, decay: linear_grad(
+            q, k, v, do, state, decay, counted
+        )
+    )
+    d_key, d_value, d_entering, d_sums = run(
+        (query, key, value, d_sum, d_states, d_counted),
+        (_decay(log_decay, scale, GRAD_CHUNK),),
+    )
+    d_entering = jnp.concatenate([d_entering, d_sums[..., None]], -1)
+    options = {"reverse": False, "normalize": True}
+    of_decay = lambda log_decay: xla.linear_attention(
+        query, key, value, scale, log_decay, entering[:, :, 0], None, **options
+    )
+    (d_log_decay,) = jax.vjp(of_decay, log_decay)[1](cotangents)
+    # What EPS leaves: else the scale cancels.
+    d_scale = EPS * jnp.sum(delta)
+    return (
+        d_query,
+        sum_of_groups(d_key, key),
+        sum_of_groups(d_value, value),
+        (d_scale / scale).astype(scale.dtype),
+        d_log_decay,
+        d_entering[:, :, 0],
+    )
+
+
+_normalized.defvjp(_forward_normalized, _backward_normalized)
+
+
+def _parted(state, by=None):
+    """A state without its last column, and that."""
+    return state[..., :-1], Counted(state[..., -1], by)
+
+
+def _scan(tokens, decay, counted=None, offset=None, **options):
+    def run(query, key, value, state, counted, offset, decay):
+        more = counted, offset
+        return linear_scan(query, key, value, state, decay, *more, **options)
+
+    return mappable(run)((*tokens, counted, offset), (decay,))
+
+
+def _entering(
+    pieces, tokens, state, decay, *, counted=False, by=None, transposed=False
+):
+    """The states that enter the pieces, from the one that enters the first.
+
+    `counted`, they have a last column, the sums of keys that count for `by`.
+    """
     if pieces == 1:
         return state[:, :, None]
     shape = (*state.shape[:2], pieces - 1, *state.shape[2:])
     empty = jnp.broadcast_to(jnp.zeros_like(state)[:, :, None], shape)
     options = {"pieces": pieces, "transposed": transposed}
-    _, added = _scan((None, *tokens, empty), decay, **options)
+    if counted:
+        empty, sums = _parted(empty, by)
+        _, *added = _scan((None, *tokens, empty), decay, counted=sums, **options)
+        added = jnp.concatenate([added[0], added[1][..., None]], -1)
+    else:
+        _, added = _scan((None, *tokens, empty), decay, **options)
     # The state, and what each piece adds to it, by the piece that it enters.
     parts = [added, state[:, :, None]] if transposed else [state[:, :, None], added]
     parts = jnp.concatenate(parts, axis=2)
