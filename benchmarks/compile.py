@@ -130,6 +130,9 @@ def cases() -> Iterator[tuple[str, Callable, tuple]]:
         yield f"linear H{size}", linear, (tokens,) * 3
         yield f"linear H{size} backward", _backward(linear), (tokens,) * 3
         if size <= 128:
+            decays = jax.ShapeDtypeStruct((2, 4096, 8), jnp.float32)
+            yield f"linear decay H{size} backward", _of_decay, (*(tokens,) * 3, decays)
+        if size <= 128:
             kernel = functools.partial(linear, normalize=True)
             yield f"linear normalized H{size}", kernel, (tokens,) * 3
             yield (
@@ -137,10 +140,6 @@ def cases() -> Iterator[tuple[str, Callable, tuple]]:
                 _backward(kernel),
                 (tokens,) * 3,
             )
-        states = jax.ShapeDtypeStruct((2, 8, size, size), jnp.float32)
-        step = functools.partial(attnx.linear_attention_step, implementation="pallas")
-        structs = (states, *(_bfloat16(2, heads, size) for heads in (8, 2, 2)))
-        yield f"linear step H{size}", step, structs
         lengths = jax.ShapeDtypeStruct((2,), jnp.int32)
         decode = functools.partial(attnx.decode_attention, implementation="pallas")
         structs = (_bfloat16(2, 1, 8, size), grouped, grouped, lengths)
@@ -200,6 +199,16 @@ def _backward(fn: Callable) -> Callable:
         return pull(out)
 
     return run
+
+
+def _of_decay(query, key, value, log_decay):
+    def attention(log_decay):
+        return attnx.linear_attention(
+            query, key, value, log_decay=log_decay, implementation="pallas"
+        )
+
+    out, pull = jax.vjp(attention, log_decay)
+    return pull(out)
 
 
 def _segments(query, key, value, ids):

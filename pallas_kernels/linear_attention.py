@@ -377,8 +377,9 @@ class State:
 
     def __init__(self, ref, shape, wg, written, sums_ref=None):
         self._ref, self._written, self._sums = ref, written, sums_ref
-        self._size, self._wg = shape[0], wg
         rows, columns = self._held(*shape)
+        # Whether this warpgroup's rows are its alone, or it is the first.
+        self._speaks = (rows < shape[0]) | (wg == 0)
         self._rows = pl.ds(wg * rows if rows < shape[0] else 0, rows)
         self._first_column = wg * columns if columns < shape[1] else 0
         self._columns = columns
@@ -413,7 +414,7 @@ class State:
     def write_sums(self, sums, ref):
         """This warpgroup's, or where both have all, the first's."""
 
-        @pl.when((self._wg == 0) | (self._rows.size < self._size))
+        @pl.when(self._speaks)
         def _():
             ref.at[self._rows][...] = sums
 

@@ -59,7 +59,7 @@ def linear_decay_grad(
     chunks = length // CHUNK // pieces
     swizzle = State.swizzle(value_size, size, dtype)
     stages = 1  # All that shared memory holds.
-    inputs = {"query": query, "key": key, "value": value, "d_out": d_out}
+    inputs = {"query": query, "d_out": d_out, "key": key, "value": value}
     held_rows = State.rows(value_size, size)
 
     def body(*refs):
@@ -67,7 +67,7 @@ def linear_decay_grad(
         states_g, state_g, since_g, scale_g, sum_g, change_g, *local = refs[
             len(inputs) :
         ]
-        stream, local = Stream.of((*inputs, "since", "states"), local)
+        stream, local = Stream.of(tuple(buffers), local)
         tokens_s, fulls, frees = stream
         state_s, sum_s, change_s, read, written = local
         h, piece, b = (lax.axis_index(axis) for axis in ("h", "piece", "b"))
@@ -88,13 +88,20 @@ def linear_decay_grad(
             def step(n, state):
                 slot = lax.rem(n, jnp.int32(stages))
                 chunk = chunk_of(n)
-                for full in fulls.values():
-                    plgpu.barrier_wait(full.at[slot])
+
+                def arrive(*names):
+                    for name in names:
+                        plgpu.barrier_wait(fulls[name].at[slot])
+
+                def release(*names):
+                    for name in names:
+                        plgpu.barrier_arrive(frees[name].at[slot])
+
                 here = {name: ref.at[slot] for name, ref in tokens_s.items()}
-                q, k, v, do = (here[name] for name in inputs)
+                q, do, k, v = (here[name] for name in inputs)
                 since, entering = here["since"], here["states"]
 
-                def shares(own, others, near, far, state, transposed):
+                def shares(own, others, near, far, state, transposed, then):
                     """The sums of the rows of A, or of its columns."""
                     own, near = own.at[rows], near.at[rows]
                     weights = Weights(since, scale, transposed)
@@ -116,11 +123,22 @@ def linear_decay_grad(
                     none = mosaic.full((ROWS,), 0.0, ROW)
                     total = lax.fori_loop(0, value_size // ROWS, beyond, none)
                     total *= weights.entering(first_row, ROWS)
+                    then()
                     return lax.fori_loop(0, CHUNK // ROWS, within, total)
 
-                by_query = shares(q, k, do, v, entering, transposed=False)
-                by_key = shares(k, q, v, do, state_s, transposed=True)
-                plgpu.barrier_arrive(read)
+                # Keys and values come last and go first.
+                arrive("since", "query", "d_out", "states")
+                by_query = shares(
+                    *(q, k, do, v, entering),
+                    transposed=False,
+                    then=lambda: arrive("key", "value"),
+                )
+                by_key = shares(
+                    *(k, q, v, do, state_s),
+                    transposed=True,
+                    then=lambda: plgpu.barrier_arrive(read),
+                )
+                release("key", "value")
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 change_s.at[wg][...] = by_query - by_key
                 weights = Weights(since, scale, transposed=True)
@@ -131,8 +149,7 @@ def linear_decay_grad(
                 tokens = pl.ds(chunk * CHUNK + first_row, ROWS)
                 plgpu.copy_smem_to_gmem(change_s.at[wg], change_g.at[b, h, tokens])
                 plgpu.copy_smem_to_gmem(sum_s.at[wg], sum_g.at[b, h, chunk, wg])
-                for free in frees.values():
-                    plgpu.barrier_arrive(free.at[slot])
+                release("since", "query", "d_out", "states")
                 plgpu.barrier_wait(read)
                 held.publish(state)
                 return state
@@ -159,12 +176,13 @@ def linear_decay_grad(
         pl.when(wg < 2)(consume)
         pl.when(wg == 2)(produce)
 
+    # In the order in which they are wanted.
     buffers = {
-        name: mosaic.tiled((stages, CHUNK, x.shape[-1]), dtype, swizzle)
-        for name, x in inputs.items()
+        "since": plgpu.SMEM((stages, CHUNK), jnp.float32),
+        "states": mosaic.tiled((stages, value_size, size), dtype, swizzle),
     }
-    buffers["since"] = plgpu.SMEM((stages, CHUNK), jnp.float32)
-    buffers["states"] = mosaic.tiled((stages, value_size, size), dtype, swizzle)
+    for name, x in inputs.items():
+        buffers[name] = mosaic.tiled((stages, CHUNK, x.shape[-1]), dtype, swizzle)
     sums, changes = mosaic.call(
         body,
         (*inputs.values(), states, d_state, *decay),

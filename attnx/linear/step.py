@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
 from attnx._checks import expect, expect_float, expect_shape
-from attnx._dispatch import dispatch
-from attnx.linear import pallas_step, reference
 from attnx.linear.normalizer import append_ones, divide_by_last
 
 
@@ -22,14 +18,11 @@ def linear_attention_step(
     log_decay: jax.Array | None = None,
     scale: float | jax.Array | None = None,
     normalize: bool = False,
-    implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Takes one token of `linear_attention`: the same recurrence, from a state.
 
     A prompt goes through `linear_attention(..., return_state=True)`, what follows
-    through this, one token after the other. The GPU kernel writes the state where it
-    was: donate it to `jax.jit`, or carry it through `jax.lax.scan`, and nothing of it
-    is copied.
+    through this, one token after the other.
 
     Args:
       state: `[B, N, H, V]`, or `[B, N, H, V + 1]` with `normalize`, as
@@ -40,15 +33,12 @@ def linear_attention_step(
       log_decay: None, `[N]`, `[B, N]` or `[B, N, H]`.
       scale: multiplies the query, by default `H ** -0.5`.
       normalize: as in `linear_attention`.
-      implementation: "reference", "xla", "pallas" (GPU kernel; its gradients are
-        xla's), or None for the fastest that supports the call where it is lowered.
 
     Returns:
       The output `[B, N, V]` in query's dtype, and the state with the token in it.
 
     Raises:
-      ValueError: an argument of a wrong shape or dtype, or an unknown implementation.
-      NotImplementedError: the implementation asked for cannot serve this call.
+      ValueError: an argument of a wrong shape or dtype.
 
     Example:
       >>> import jax.numpy as jnp
@@ -76,64 +66,20 @@ def linear_attention_step(
     expect_float("state", state)
     expect_shape("state", state, (batch, heads, head_size, value_size + normalize))
 
-    if log_decay is not None:
-        log_decay = jnp.asarray(log_decay)
-        shapes = ((heads,), (batch, heads), (batch, heads, head_size))
-        expect_float("log_decay", log_decay)
-        expect_shape("log_decay", log_decay, *shapes)
-    scale = head_size**-0.5 if scale is None else scale
-    scale = jnp.asarray(scale, state.dtype)
-    expect_shape("scale", scale, ())
-
-    xla = functools.partial(_xla, normalize=normalize)
-    by_kernel = pallas_step.linear_attention_step
-    candidates = {
-        "reference": functools.partial(_reference, normalize=normalize),
-        "xla": xla,
-        "pallas": functools.partial(by_kernel, normalize=normalize, differentiate=xla),
-    }
-    return dispatch(
-        "linear_attention_step",
-        implementation,
-        candidates,
-        functools.partial(unsupported, normalize=normalize),
-        *(state, query, key, value, log_decay, scale),
-    )
-
-
-def unsupported(
-    name: str, state, query, key, value, log_decay, scale, *, normalize: bool = False
-) -> str | None:
-    """Says why the implementation `name` cannot serve these operands, or None."""
-    if name == "pallas":
-        operands = state, query, key, value
-        return pallas_step.unsupported(*operands, normalize=normalize)
-    return None
-
-
-def _reference(state, query, key, value, log_decay, scale, *, normalize):
-    """A sequence of one token."""
-    if log_decay is not None and log_decay.ndim > 1:
-        log_decay = log_decay[:, None]
-    tokens = (x[:, None] for x in (query, key, value))
-    options = {"reverse": False, "normalize": normalize}
-    out, state = reference.linear_attention(
-        *tokens, scale, log_decay, state, None, **options
-    )
-    return out[:, 0], state
-
-
-def _xla(state, query, key, value, log_decay, scale, *, normalize):
-    heads, key_heads = query.shape[1], key.shape[1]
     q, k, v = (x.astype(state.dtype) for x in (query, key, value))
     k, v = (jnp.repeat(x, heads // key_heads, 1) for x in (k, v))
     if normalize:
         v = append_ones(v)
     if log_decay is not None:
+        log_decay = jnp.asarray(log_decay)
+        shapes = ((heads,), (batch, heads), (batch, heads, head_size))
+        expect_float("log_decay", log_decay)
+        expect_shape("log_decay", log_decay, *shapes)
         if log_decay.ndim < 3:
-            log_decay = jnp.broadcast_to(log_decay, query.shape[:2])[..., None]
+            log_decay = jnp.broadcast_to(log_decay, shapes[1])[..., None]
         state = jnp.exp(log_decay.astype(state.dtype))[..., None] * state
     state = state + k[..., :, None] * v[..., None, :]
+    scale = head_size**-0.5 if scale is None else scale
     out = jnp.einsum("bnh,bnhv->bnv", q * scale, state)
     if normalize:
         out = divide_by_last(out)
