@@ -1,5 +1,6 @@
 """Attention for JAX: exact references, XLA, GPU kernels, and Flax layers."""
 
+from attnx import cache as cache
 from attnx import masks as masks
 from attnx import neighborhood as neighborhood
 from attnx import select as select
