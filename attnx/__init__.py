@@ -12,6 +12,7 @@ from attnx.linear import linear_attention as linear_attention
 from attnx.linear import linear_attention_step as linear_attention_step
 from attnx.select import dhsa_attention as dhsa_attention
 from attnx.select import moba_attention as moba_attention
+from attnx.select import superlinear_attention as superlinear_attention
 from attnx.select import vmoba_attention as vmoba_attention
 from attnx.softmax import BlockMask as BlockMask
 from attnx.softmax import KernelConfig as KernelConfig

@@ -19,5 +19,8 @@ from attnx.select.dhsa import dhsa_mask as dhsa_mask
 from attnx.select.moba import moba_attention as moba_attention
 from attnx.select.moba import moba_mask as moba_mask
 from attnx.select.routed import routed_attention as routed_attention
+from attnx.select.superlinear import Spans as Spans
+from attnx.select.superlinear import superlinear_attention as superlinear_attention
+from attnx.select.superlinear import superlinear_spans as superlinear_spans
 from attnx.select.vmoba import vmoba_attention as vmoba_attention
 from attnx.select.vmoba import vmoba_block_sizes as vmoba_block_sizes
