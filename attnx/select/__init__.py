@@ -16,9 +16,16 @@ from attnx.select.chunks import boundary_ratio as boundary_ratio
 from attnx.select.chunks import chunk_starts as chunk_starts
 from attnx.select.dhsa import dhsa_attention as dhsa_attention
 from attnx.select.dhsa import dhsa_mask as dhsa_mask
+from attnx.select.hylra import hylra_attention as hylra_attention
+from attnx.select.hylra import reuse_policy as reuse_policy
+from attnx.select.hylra import selection_overlap as selection_overlap
 from attnx.select.moba import moba_attention as moba_attention
 from attnx.select.moba import moba_mask as moba_mask
 from attnx.select.routed import routed_attention as routed_attention
+from attnx.select.routing import Centroids as Centroids
+from attnx.select.routing import cluster_members as cluster_members
+from attnx.select.routing import routing_attention as routing_attention
+from attnx.select.routing import unit_variance as unit_variance
 from attnx.select.superlinear import Spans as Spans
 from attnx.select.superlinear import superlinear_attention as superlinear_attention
 from attnx.select.superlinear import superlinear_spans as superlinear_spans
