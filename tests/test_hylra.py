@@ -74,6 +74,7 @@ def test_a_layer_that_reuses_attends_to_the_choice():
 
 def test_all_blocks_are_causal_attention():
     every = functools.partial(attnx.hylra_attention, block_size=BLOCK, top_k=99)
+    every = jax.jit(every)
     _, choice = every(*ARRAYS)
     out, _ = every(*ARRAYS, choice)
     chex.assert_trees_all_close(out, causal(*ARRAYS), atol=2e-6)
