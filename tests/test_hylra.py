@@ -107,6 +107,25 @@ def test_newest_queries_against_a_cache():
         np.testing.assert_array_equal(mine.to_tiles()[b], choice.to_tiles()[b, :, rows])
 
 
+@pytest.mark.parametrize("segment_ids", [None, SEGMENTS], ids=["one", "packed"])
+def test_one_query_reads_what_was_chosen(segment_ids):
+    """The same as a mask over the whole cache."""
+    query, key, value = ARRAYS
+    for starts in ([26, 15], [4, 0], [28, 8]):
+        starts = jnp.array(starts)
+        newest = jnp.take_along_axis(query, starts[:, None, None, None], 1)
+        options = {"segment_ids": segment_ids, "query_start": starts}
+        _, choice = full(newest, key, value, **options)
+        got, _ = full(newest, -key, value, choice, **options)
+        seen = np.repeat(choice.to_tiles(), BLOCK, -1)[..., :T]
+        seen &= np.arange(T) <= starts[:, None, None, None]
+        if segment_ids is not None:
+            own = jnp.take_along_axis(segment_ids, starts[:, None], 1)
+            seen &= (segment_ids == own)[:, None, None]
+        want = attnx.dot_product_attention(newest, -key, value, mask=jnp.asarray(seen))
+        chex.assert_trees_all_close(got, want, atol=2e-6)
+
+
 def test_gradients_pass_attention_and_not_the_choice():
     def loss(attend):
         return jax.jit(jax.grad(lambda *a: jnp.sin(attend(*a)).sum(), (0, 1, 2)))

@@ -11,6 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from attnx._checks import expect, expect_shape
+from attnx.cache.sparse_cache import EMPTY, Held
 from attnx.select.blocks import Blocks, check_block_size
 from attnx.select.choice import Choice, top_k_blocks
 from attnx.select.chosen import Chosen
@@ -44,8 +45,8 @@ def hylra_attention(
     over heads. A layer that reuses attends to the blocks that an earlier one chose:
     `reuse_policy` says which does what.
 
-    With few queries, as in generation, work follows the choice. Many queries visit the
-    blocks that any of a tile chose.
+    One query at a time, as in generation, reads what was chosen and nothing else. Many
+    queries visit the blocks that any of a tile chose.
 
     Args:
       query: `[B, T, N, H]`.
@@ -100,12 +101,19 @@ def hylra_attention(
         start = jnp.asarray(query_start)
         expect_shape("query_start", start, (batch,))
         attend = functools.partial(decode_attention, lengths=start + length)
-    reused = choice is not None
-    if reused:
+    if choice is not None:
         grid = (1, length, blocks.count)
         expect(choice.grid == grid, "choice", f"the grid {grid}", choice.grid)
-        chosen = Chosen(choice.to_tiles(), blocks.ids)
-        mask &= chosen if query_start is None else Offset(chosen, query=-start)
+        if length == 1 and query_start is not None:
+            positions = _positions(choice, block_size, key_len)
+            mask = Held(mask, positions, heads=1, group=query.shape[2])
+            index = positions[..., None, None]
+            key, value = (
+                jnp.take_along_axis(x, index, 1, mode="clip") for x in (key, value)
+            )
+        else:
+            chosen = Chosen(choice.to_tiles(), blocks.ids)
+            mask &= chosen if query_start is None else Offset(chosen, query=-start)
     out, lse = attend(
         query,
         key,
@@ -250,6 +258,14 @@ def _plans(overlap, allowed, full):
         for count in range(1, layers + 1)
         if (count, layers) in best
     ]
+
+
+def _positions(choice, block_size, key_len):
+    """The keys that the only row of a choice chose: growing `[B, slots]`, then -1."""
+    blocks = jnp.sort(choice.blocks[:, 0], -1)
+    index = blocks[..., None] * block_size + jnp.arange(block_size, dtype=jnp.int32)
+    inside = (blocks[..., None] < choice.grid[2]) & (index < key_len)
+    return jnp.where(inside, index, EMPTY).reshape(len(blocks), -1)
 
 
 def _block_mass(query, key, lse, mask, start, blocks, block_size, scale):
