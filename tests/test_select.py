@@ -228,6 +228,31 @@ def test_routed_attention_is_attention_under_the_choice(name):
     assert_matches(routed(choice, "xla"), routed(choice, "reference"), arrays)
 
 
+@pytest.mark.parametrize("scope", ["row", "layer"])
+def test_blocks_of_any_length_are_routed(scope):
+    """Ragged, shorter than the others, and with padding in none."""
+    arrays = normal(1, (B, T, N, H), (B, T, K, H), (B, T, K, H))
+    starts = jnp.zeros((1, T), bool).at[0, [3, 7, 8, 12, 16]].set(True)
+    for blocks in (
+        select.Blocks.from_starts(starts[:, :20].repeat(2, 0), COUNT),
+        select.Blocks.regular(T - 1, BLOCK, lengths=jnp.array([23, 10])),
+    ):
+        key_len = blocks.ids.shape[1]
+        query, key, value = (arrays[0], *(x[:, :key_len] for x in arrays[1:]))
+        choice = select.top_k_blocks(scores(), 3, scope=scope)
+        run = lambda implementation: select.routed_attention(
+            query,  # noqa: B023
+            key,  # noqa: B023
+            value,  # noqa: B023
+            choice,  # noqa: B023
+            blocks,  # noqa: B023
+            block_size=BLOCK,
+            implementation=implementation,
+            return_residual=True,
+        )
+        chex.assert_trees_all_close(run("xla"), run("reference"), atol=2e-6)
+
+
 def test_union_lists_are_routed_attention():
     arrays = normal(1, (B, T, N, H), (B, T, K, H), (B, T, K, H))
     choice = CHOICES["layer"](scores())

@@ -1,6 +1,7 @@
 """Layers for flax.nnx: one projection module, interchangeable mixers."""
 
 from attnx.nn.attention import Attention as Attention
+from attnx.nn.eviction import EvictionMixer as EvictionMixer
 from attnx.nn.interop import attention_fn as attention_fn
 from attnx.nn.linear import Hedgehog as Hedgehog
 from attnx.nn.linear import LinearMixer as LinearMixer
@@ -10,7 +11,10 @@ from attnx.nn.mixers import NeighborhoodMixer as NeighborhoodMixer
 from attnx.nn.mixers import SoftmaxMixer as SoftmaxMixer
 from attnx.nn.norms import SRMSNorm as SRMSNorm
 from attnx.nn.rotary import Rotary as Rotary
+from attnx.nn.routing import RoutingMixer as RoutingMixer
+from attnx.nn.routing import SplitMixer as SplitMixer
 from attnx.nn.select import BoundaryPredictor as BoundaryPredictor
 from attnx.nn.select import DHSAMixer as DHSAMixer
 from attnx.nn.select import MoBAMixer as MoBAMixer
 from attnx.nn.select import VMoBAMixer as VMoBAMixer
+from attnx.nn.superlinear import SuperlinearMixer as SuperlinearMixer

@@ -217,6 +217,13 @@ def bound_scores(query: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array
     return _joined(_scores(above, high) + _scores(below, low))
 
 
+def document_starts(segment_ids: jax.Array) -> jax.Array:
+    """The first token of each one's document, a run of equal ids: int32 `[B, S]`."""
+    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
+    is_start = segment_ids != jnp.roll(segment_ids, 1, 1)
+    return jax.lax.cummax(jnp.where(is_start, index, 0), axis=1)
+
+
 def check_block_size(block_size: int) -> None:
     fits = isinstance(block_size, int) and block_size >= 1
     expect(fits, "block_size", "an integer of at least 1", block_size)

@@ -43,7 +43,8 @@ def dhsa_attention(
       value: `[B, T, K, V]`.
       starts: bool `[B or 1, T]`, where chunks start, such as from `chunk_starts`. The
         first token starts one in any case.
-      max_chunks: the most chunks; the last takes the rest.
+      max_chunks: the most chunks; the last takes the rest. With packed documents no
+        fewer than these: those that share a chunk share its budget.
       budget: keys that each query attends, all where there are fewer. Of a chunk that
         does not fit whole, and of chunks with equal scores, the first tokens.
       segment_ids: integers `[B, T]` that tell packed documents apart: each run of equal

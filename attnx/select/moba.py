@@ -10,7 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnx._checks import expect, expect_shape
-from attnx.select.blocks import Blocks, block_scores, check_block_size, pool_mean
+from attnx.select.blocks import (
+    Blocks,
+    block_scores,
+    check_block_size,
+    document_starts,
+    pool_mean,
+)
 from attnx.select.choice import Choice, top_k_blocks
 from attnx.select.chosen import Chosen
 from attnx.select.routed import routed_attention
@@ -180,8 +186,7 @@ class _Cut(NamedTuple):
         else:
             segment_ids = jnp.asarray(segment_ids)
             expect_shape("segment_ids", segment_ids, (batch, length))
-            is_start = segment_ids != jnp.roll(segment_ids, 1, 1)
-            document = jax.lax.cummax(jnp.where(is_start, index, 0), axis=1)
+            document = document_starts(segment_ids)
         own = index - (index - document) % block_size
         last = own + block_size - 1
         count = length // block_size

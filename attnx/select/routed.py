@@ -24,7 +24,7 @@ from attnx.softmax import (
     dot_product_attention,
 )
 from attnx.softmax.engine import check_arrays
-from attnx.softmax.masks import Full
+from attnx.softmax.mask import Mask, mask_class
 
 # Queries of a tile at most: what kernels take.
 _TILE = 128
@@ -53,9 +53,8 @@ def routed_attention(
       key: `[B, S, K, H]`; K divides N.
       value: `[B, S, K, V]`.
       choice: of T rows a head, such as `top_k_blocks` gives.
-      blocks: the cut of the S keys; a block is a run of exactly `block_size` tokens, or
-        empty.
-      block_size: tokens of a block.
+      blocks: the cut of the S keys; a block is a run of tokens, `block_size` at most.
+      block_size: tokens of the longest block.
       scale: factor on the scores, by default `H ** -0.5`.
       implementation: of the attention in each block, as in `dot_product_attention`;
         "reference" is the mask above over all pairs.
@@ -98,13 +97,16 @@ def routed_attention(
         )
 
     rows, chosen, count = choice.rows, choice.blocks, blocks.count
-    starts = jnp.broadcast_to(blocks.starts(), (batch, count))
+    starts, sizes = (
+        jnp.broadcast_to(x, (batch, count)) for x in (blocks.starts(), blocks.sizes())
+    )
     key, value = (_cut(x, starts, block_size) for x in (key, value))
     folded = rows.shape[1] < heads
     if folded:
         # One list for all heads: they become one head, one after the other.
         key_head = rows // (length * (heads // key.shape[2]))
         count *= key.shape[2]
+        sizes = jnp.tile(sizes, key.shape[2])
         chosen = jnp.where(
             chosen < blocks.count, key_head * blocks.count + chosen, count
         )
@@ -112,7 +114,9 @@ def routed_attention(
 
     tile = min(_TILE, block_size)
     plan = functools.partial(_plan, num_rows=query.shape[1], count=count, tile=tile)
-    rows, lists = jax.vmap(jax.vmap(plan))(rows, chosen)
+    rows, block, used = jax.vmap(jax.vmap(plan))(rows, chosen)
+    # Only blocks that are shorter than others need a predicate.
+    is_short = jnp.take_along_axis(sizes[:, None], block, 2) < block_size
     gathered = jnp.take_along_axis(
         query, jnp.swapaxes(rows, 1, 2)[..., None], 1, mode="clip"
     )
@@ -121,8 +125,10 @@ def routed_attention(
         key,
         value,
         BlockMask(
-            *lists,
-            Full(),
+            block[..., None],
+            used,
+            used * is_short,
+            _Inside(sizes, block_size),
             query_len=gathered.shape[1],
             key_len=key.shape[1],
             block_size=(tile, block_size),
@@ -150,8 +156,8 @@ def _plan(rows, blocks, *, num_rows, count, tile):
     """Sorts pairs by block and fills tiles with the rows of one block each.
 
     Returns:
-      The row in each place of the tiles, `num_rows` where none; and the lists: which
-      block each tile attends to, and whether it is in use.
+      The row in each place of the tiles, `num_rows` where none; which block each tile
+      attends to; and whether it is in use, 0 or 1.
     """
     pairs = rows.shape[0]
     order = jnp.argsort(blocks, stable=True)
@@ -173,7 +179,19 @@ def _plan(rows, blocks, *, num_rows, count, tile):
     index = jnp.arange(most)
     block = jnp.minimum(jnp.searchsorted(stops, index, side="right"), count - 1)
     used = (index < stops[-1]).astype(jnp.int32)
-    return rows, (block.astype(jnp.int32)[:, None], used, jnp.zeros_like(used))
+    return rows, block.astype(jnp.int32), used
+
+
+@mask_class()
+class _Inside(Mask):
+    """The keys that a block has, of blocks cut to one size: `sizes` is `[B, n]`."""
+
+    sizes: jax.Array
+    block_size: int
+
+    def __call__(self, batch, head, query, key):
+        size = jnp.asarray(self.sizes)[batch, key // self.block_size]
+        return key % self.block_size < size
 
 
 def _merge(out, lse, rows, *, num_rows):
