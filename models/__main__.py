@@ -1,4 +1,8 @@
-"""Trains, measures and shows the models."""
+"""Trains, measures and shows the models.
+
+An experiment is a frozen dataclass with `folder`, `training`, `task()` and
+`evaluate(model)`. To add one, add it to `EXPERIMENTS` under a name.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +16,20 @@ import tyro
 from models import anchors, data, runs, text
 from models import demo as demonstration
 from models.plot import plot
+from models.presets import PRESETS
 from models.train import load, train
 
-EXPERIMENTS = {"lm": text.TextExperiment()}
+LANGUAGE_MODELS = {"lm": text.TextExperiment(), **PRESETS}
+EXPERIMENTS: dict[str, Any] = {**LANGUAGE_MODELS}
 if TYPE_CHECKING:
-    Experiment = text.TextExperiment
+    Experiment = Any
+    Name = LanguageModel = str
 else:
     Experiment = Annotated[
         tyro.extras.subcommand_type_from_defaults(EXPERIMENTS), tyro.conf.arg(name="")
     ]
-Name = tyro.conf.Positional[Literal["lm"]]
+    Name = tyro.conf.Positional[Literal[tuple(EXPERIMENTS)]]
+    LanguageModel = tyro.conf.Positional[Literal[tuple(LANGUAGE_MODELS)]]
 
 
 def main() -> None:
@@ -46,32 +54,34 @@ def main() -> None:
 def train_model(experiment: Experiment) -> None:
     """Train a model, or go on from its last checkpoint."""
     folder = runs.claim(experiment)
-    train(experiment.task(), experiment.training, folder)
-    print(plot(folder, anchors.ANCHORS))
+    task = experiment.task()
+    train(task, experiment.training, folder)
+    print(plot(folder, task.marks, task.unit))
 
 
 def evaluate(name: Name, folder: pathlib.Path | None = None) -> None:
-    """Measure a trained model on the whole validation text.
+    """Measure a trained model on all data held out.
 
     Args:
       name: which experiment.
       folder: of the run, where it is not the experiment's own.
     """
     experiment, model = _trained(name, folder)
-    _, validation = data.split(data.king_james())
-    loss = text.nats_per_byte(model, validation, experiment.validation_length)
-    print(f"{loss:.4f} nats per byte")
+    for measure, value in experiment.evaluate(model).items():
+        print(f"{value:.4f} {measure}")
 
 
 def generate(
-    name: Name,
+    name: LanguageModel,
     folder: pathlib.Path | None = None,
     prompt: str = "And ",
     num_bytes: int = 500,
     temperature: float = 0.7,
+    top_k: int | None = None,
+    top_p: float = 1.0,
     seed: int = 0,
 ) -> None:
-    """Write text with a trained model, from its recurrent state.
+    """Write text with a trained model, from its caches.
 
     Args:
       name: which experiment.
@@ -79,12 +89,27 @@ def generate(
       prompt: what to go on from, not empty.
       num_bytes: how much to write.
       temperature: below 1 prefers what is likely; 0 takes the likeliest byte.
+      top_k: write only so many of the likeliest bytes; all by default.
+      top_p: of those, only the fewest likeliest that together are so probable.
       seed: of the sample.
     """
     if not prompt:
         raise runs.RunError("prompt: expected at least one character.")
+    if top_k is not None and top_k < 1:
+        raise runs.RunError(f"top_k: expected at least 1, got {top_k}.")
+    if not 0 < top_p <= 1:
+        raise runs.RunError(f"top_p: expected above 0 and at most 1, got {top_p}.")
     _, model = _trained(name, folder)
-    print(text.sample(model, prompt, num_bytes, temperature=temperature, seed=seed))
+    written = text.sample(
+        model,
+        prompt,
+        num_bytes,
+        temperature=temperature,
+        seed=seed,
+        top_k=top_k,
+        top_p=top_p,
+    )
+    print(written)
 
 
 def draw(name: Name, folder: pathlib.Path | None = None) -> None:
@@ -94,9 +119,10 @@ def draw(name: Name, folder: pathlib.Path | None = None) -> None:
       name: which experiment.
       folder: of the run, where it is not the experiment's own.
     """
-    folder = folder or EXPERIMENTS[name].folder
-    runs.read(folder, EXPERIMENTS[name])
-    print(plot(folder, anchors.ANCHORS))
+    default = EXPERIMENTS[name]
+    experiment = runs.read(folder or default.folder, default)
+    task = experiment.task()
+    print(plot(experiment.folder, task.marks, task.unit))
 
 
 def measure_anchors() -> None:
@@ -107,7 +133,7 @@ def measure_anchors() -> None:
 
 def demo() -> None:
     """Train the language model and show all that came of it."""
-    demonstration.show(EXPERIMENTS["lm"])
+    demonstration.show(LANGUAGE_MODELS["lm"])
 
 
 def _trained(name: str, folder: pathlib.Path | None) -> tuple[Any, Any]:

@@ -10,10 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
-from models import data
-from models.lm import LM, LMConfig, generate
-from models.train import Task, TrainConfig
+from models import data, runs
+from models.anchors import ANCHORS
+from models.lm import LM, LMConfig
+from models.sampling import generate
+from models.train import Task, TrainConfig, load
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +30,9 @@ class TextExperiment:
       batch_size: windows a step.
       length: bytes predicted in each.
       validation_length: bytes of context at most when measuring.
+      load_balance: weight of the load-balance loss of Mixture-of-Head layers.
+      start_from: a run whose model has the same parameters, to go on from in place of
+        random ones.
     """
 
     folder: pathlib.Path = pathlib.Path("runs/lm")
@@ -35,6 +41,8 @@ class TextExperiment:
     batch_size: int = 8
     length: int = 256
     validation_length: int = 1024
+    load_balance: float = 0.01
+    start_from: str | None = None
 
     def task(self) -> Task[LM]:
         train, validation = data.split(data.king_james())
@@ -43,20 +51,47 @@ class TextExperiment:
             data.batch, train, self.batch_size, self.length, seed=self.training.seed
         )
         return Task(
-            model=lambda rngs: LM(self.model, rngs=rngs),
-            batch=lambda step: draw(step=step),
-            loss=next_byte_loss,
+            model=self._model,
+            batch=lambda step: (draw(step=step), np.uint32(step)),
+            loss=self._loss,
             validate=lambda model: nats_per_byte(model, sample, self.validation_length),
             tokens=self.batch_size * self.length,
+            unit="nats per byte",
+            marks=ANCHORS,
         )
+
+    def evaluate(self, model: LM) -> dict[str, float]:
+        """Measures a model on the whole validation text."""
+        _, validation = data.split(data.king_james())
+        loss = nats_per_byte(model, validation, self.validation_length)
+        return {"nats per byte": loss}
+
+    def _model(self, rngs: nnx.Rngs) -> LM:
+        model = LM(self.model, rngs=rngs)
+        if self.start_from is not None:
+            folder = pathlib.Path(self.start_from)
+            start = runs.read(folder, TextExperiment())
+            trained = load(start.task(), start.training, folder)
+            nnx.update(model, nnx.state(trained, nnx.Param))
+        return model
+
+    def _loss(self, model: LM, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+        """Of training: with dropout, a new one each step, and balanced heads."""
+        windows, step = batch
+        key = None
+        if self.model.dropout > 0:
+            # The generator of the hardware: masks are most of all random numbers.
+            key = jax.random.key(self.training.seed, impl="rbg")
+            key = jax.random.fold_in(key, step)
+        windows = jnp.asarray(windows, jnp.int32)
+        logits, balance = model.with_load_balance(windows[:, :-1], dropout_key=key)
+        return _cross_entropy(logits, windows[:, 1:]) + self.load_balance * balance
 
 
 def next_byte_loss(model: LM, windows: jax.Array) -> jax.Array:
     """Mean cross-entropy in nats of each window's bytes `[B, T + 1]` but the first."""
     windows = jnp.asarray(windows, jnp.int32)
-    logits = model(windows[:, :-1])
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:])
-    return losses.mean()
+    return _cross_entropy(model(windows[:, :-1]), windows[:, 1:])
 
 
 def nats_per_byte(model: LM, text: np.ndarray, length: int) -> float:
@@ -73,13 +108,34 @@ def nats_per_byte(model: LM, text: np.ndarray, length: int) -> float:
 
 
 def sample(
-    model: LM, prompt: str, num_bytes: int, *, temperature: float, seed: int
+    model: LM,
+    prompt: str,
+    num_bytes: int,
+    *,
+    temperature: float,
+    seed: int,
+    top_k: int | None = None,
+    top_p: float = 1.0,
 ) -> str:
-    """Writes on from a prompt; bytes that are no UTF-8 show as replacement marks."""
+    """Writes on from a prompt; bytes that are no UTF-8 show as replacement marks.
+
+    The settings are those of `sampling.generate`.
+    """
     tokens = jnp.asarray(np.frombuffer(prompt.encode(), np.uint8), jnp.int32)[None]
-    key = jax.random.key(seed)
-    written = generate(model, tokens, num_bytes, key=key, temperature=temperature)
+    written = generate(
+        model,
+        tokens,
+        num_bytes,
+        key=jax.random.key(seed),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+    )
     return prompt + bytes(np.asarray(written[0], np.uint8)).decode(errors="replace")
+
+
+def _cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
 
 _loss = jax.jit(next_byte_loss)

@@ -1,4 +1,9 @@
-"""One trainer: AdamW, a bar, metrics as JSON lines, and runs that resume exactly."""
+"""One trainer: AdamW, a bar, metrics as JSON lines, and runs that resume exactly.
+
+The device never waits for Python. Steps go to it `steps_per_call` at a time, as one
+compiled loop; while it runs, the next batches are drawn and queued, and only then are
+the losses of the call before read and written.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +14,17 @@ import json
 import pathlib
 import signal
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from tqdm import tqdm
 
+from attnx._checks import expect
 from models.checkpoint import Checkpoints
 from models.runs import RunError
 
@@ -35,7 +43,12 @@ class TrainConfig:
       max_grad_norm: gradients are scaled down to this global norm.
       save_every: steps from checkpoint to checkpoint.
       validate_every: steps from one validation to the next.
+      steps_per_call: steps that the device does at one call from Python; a divisor of
+        the three numbers of steps above. More where a step takes a millisecond or less.
       seed: of the parameters and the order of the data.
+
+    Raises:
+      ValueError: `steps_per_call` does not divide one of the others.
     """
 
     steps: int = 800
@@ -45,7 +58,16 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     save_every: int = 100
     validate_every: int = 100
+    steps_per_call: int = 1
     seed: int = 0
+
+    def __post_init__(self):
+        count = self.steps_per_call
+        expect(count >= 1, "steps_per_call", "at least 1", count)
+        for name in ("steps", "save_every", "validate_every"):
+            whole = getattr(self, name)
+            wanted = f"a divisor of {name}={whole}"
+            expect(whole % count == 0, "steps_per_call", wanted, count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +76,13 @@ class Task(Generic[Model]):
 
     Attributes:
       model: builds it from keys.
-      batch: `step -> batch`, the same for the same step whatever came before.
+      batch: `step -> batch`, a pytree of arrays or numbers, the same for the same step
+        whatever came before. Random numbers for the loss can be made from a step in it.
       loss: `(model, batch) -> scalar`.
       validate: `model -> loss` on a fixed sample of data held out.
       tokens: in a batch.
+      unit: of the loss.
+      marks: losses of others to compare it with, by name.
     """
 
     model: Callable[[nnx.Rngs], Model]
@@ -65,6 +90,8 @@ class Task(Generic[Model]):
     loss: Callable[[Model, Any], jax.Array]
     validate: Callable[[Model], float]
     tokens: int
+    unit: str = "loss"
+    marks: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 class Interrupted(RunError):
@@ -103,8 +130,7 @@ def train(task: Task[Model], config: TrainConfig, folder: pathlib.Path) -> Model
     if checkpoints.latest is not None:
         state, start = checkpoints.restore(state), checkpoints.latest
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def update(state: TrainState, batch: Any) -> tuple[TrainState, jax.Array]:
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, jax.Array]:
         def loss(params):
             return task.loss(nnx.merge(graph, params, constants), batch)
 
@@ -112,23 +138,29 @@ def train(task: Task[Model], config: TrainConfig, folder: pathlib.Path) -> Model
         changes, optimizer_state = optimizer.update(
             grads, state.optimizer, state.params
         )
-        return TrainState(
-            optax.apply_updates(state.params, changes), optimizer_state
-        ), value
+        params = optax.apply_updates(state.params, changes)
+        return TrainState(params, optimizer_state), value
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def update(state: TrainState, batches: Any) -> tuple[TrainState, jax.Array]:
+        return jax.lax.scan(step, state, batches)
 
     metrics = _Metrics(folder / "metrics.jsonl", start, config.steps, task.tokens)
     with _stop_requests() as stop_requested, metrics:
-        for step in range(start, config.steps):
-            state, loss = update(state, task.batch(step))
-            done, validation = step + 1, None
-            last = done == config.steps
+        for first in range(start, config.steps, config.steps_per_call):
+            done = first + config.steps_per_call
+            batches = [task.batch(i) for i in range(first, done)]
+            state, losses = update(state, jax.tree.map(_stack, *batches))
+            last, validation = done == config.steps, None
             if last or done % config.validate_every == 0:
                 model = nnx.merge(graph, state.params, constants)
                 validation = task.validate(model)
-            metrics.write(done, float(loss), validation)
-            if last or stop_requested() or done % config.save_every == 0:
+            metrics.add(losses, validation)
+            stop = stop_requested()
+            if last or stop or done % config.save_every == 0:
+                metrics.write()  # A checkpoint has the lines of all its steps.
                 path = checkpoints.save(done, state)
-            if stop_requested() and not last:
+            if stop and not last:
                 raise Interrupted(
                     f"stopped after step {done} of {config.steps}; the same command "
                     f"goes on from {path}."
@@ -178,7 +210,7 @@ def _optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
 
 class _Metrics:
-    """The bar on the screen and the lines in the file."""
+    """The bar on the screen and the lines in the file, one call behind the device."""
 
     def __init__(self, path: pathlib.Path, start: int, steps: int, tokens: int):
         # Steps after the checkpoint will be done again: their lines go.
@@ -188,35 +220,64 @@ class _Metrics:
         self._bar = tqdm(
             total=steps, initial=start, unit="step", dynamic_ncols=True, mininterval=0.5
         )
+        self._step = start
         self._tokens = tokens
         self._clock = time.perf_counter()
+        self._pending = None
         self._loss = self._validation = None
 
-    def write(self, step: int, loss: float, validation: float | None) -> None:
-        now = time.perf_counter()
-        rate = self._tokens / (now - self._clock)
-        self._clock = now
-        line = {"step": step, "loss": loss, "tokens_per_second": round(rate)}
-        if validation is not None:
-            line["validation"] = self._validation = validation
-        print(json.dumps(line), file=self._file, flush=True)
-        self._show(loss, rate)
+    def add(self, losses: jax.Array, validation: float | None) -> None:
+        """Takes the losses of a call, and writes those of the call before.
 
-    def _show(self, loss: float, rate: float) -> None:
-        # Shown smoothed: single batches jump about.
-        self._loss = loss if self._loss is None else 0.9 * self._loss + 0.1 * loss
+        Args:
+          losses: `[steps]`, which the device may not have computed yet.
+          validation: the loss on data held out, after the last of the steps.
+        """
+        self.write()
+        self._pending = losses, validation
+
+    def write(self) -> None:
+        """Waits for the losses that were added last, and writes them."""
+        if self._pending is None:
+            return
+        losses, validation = self._pending
+        self._pending = None
+        losses = np.asarray(losses)
+        now = time.perf_counter()
+        rate = self._tokens * len(losses) / (now - self._clock)
+        self._clock = now
+        for i, loss in enumerate(losses.tolist(), start=1):
+            self._step += 1
+            line = {
+                "step": self._step,
+                "loss": loss,
+                "tokens_per_second": round(rate),
+            }
+            if validation is not None and i == len(losses):
+                line["validation"] = self._validation = validation
+            print(json.dumps(line), file=self._file)
+            # Shown smoothed: single batches jump about.
+            self._loss = loss if self._loss is None else 0.9 * self._loss + 0.1 * loss
+        self._file.flush()
         shown = {"loss": f"{self._loss:.3f}", "tokens/s": f"{rate:,.0f}"}
         if self._validation is not None:
             shown["validation"] = f"{self._validation:.3f}"
         self._bar.set_postfix(shown, refresh=False)
-        self._bar.update()
+        self._bar.update(len(losses))
 
     def __enter__(self) -> _Metrics:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.write()
         self._bar.close()
         self._file.close()
+
+
+def _stack(*leaves: Any) -> np.ndarray | jax.Array:
+    """The batches of a call as one; arrays of the device stay on it."""
+    on_device = any(isinstance(x, jax.Array) for x in leaves)
+    return jnp.stack(leaves) if on_device else np.stack(leaves)
 
 
 @contextlib.contextmanager
@@ -228,7 +289,7 @@ def _stop_requests() -> Generator[Callable[[], bool]]:
         nonlocal requested
         requested = True
         signal.signal(number, before[number])
-        tqdm.write("Stopping after this step (again to stop at once).")
+        tqdm.write("Stopping after these steps (again to stop at once).")
 
     signals = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, request) for number in signals}

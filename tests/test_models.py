@@ -17,8 +17,9 @@ from flax import nnx
 
 from models import anchors, data, runs, text
 from models.checkpoint import DamagedCheckpoint
-from models.lm import LM, LMConfig, generate
+from models.lm import LM, LMConfig
 from models.plot import plot
+from models.sampling import generate
 from models.train import Interrupted, TrainConfig, load, read_metrics, train
 
 TINY = text.TextExperiment(

@@ -1,0 +1,64 @@
+"""Language models by name, for an H100: at most 10 million parameters each."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+from models.lm import LMConfig
+from models.text import TextExperiment
+from models.train import TrainConfig
+
+_SIZES = LMConfig(
+    num_layers=6, d_model=384, num_heads=6, mlp_dim=896, dropout=0.2, dtype="bfloat16"
+)
+# 98 million bytes, 26 times the training text: hence the dropout.
+_TRAINING = TrainConfig(
+    steps=3000,
+    learning_rate=1e-3,
+    warmup_steps=100,
+    save_every=500,
+    validate_every=250,
+    steps_per_call=10,
+)
+
+
+def _preset(name: str, *pattern: str, **sizes) -> TextExperiment:
+    """A decoder of the common sizes, but for those that are given."""
+    sizes = {"activation": "silu", **sizes}
+    return TextExperiment(
+        folder=pathlib.Path("runs") / name,
+        model=dataclasses.replace(_SIZES, pattern=pattern, **sizes),
+        training=_TRAINING,
+        batch_size=32,
+        length=1024,
+    )
+
+
+_HEADS = {"num_heads": 12, "shared_heads": 5, "active_heads": 9}
+_GATED = {"mlp_dim": 768}
+PRESETS = {
+    # All as Llama: rotary positions, SwiGLU.
+    "transformer": _preset("transformer", "softmax"),
+    # TransNormerLLM: arXiv:2307.14995.
+    "tnl": _preset(
+        "tnl", "lightning_lrpe", *["lightning"] * 5, activation="identity", **_GATED
+    ),
+    # Based: arXiv:2402.18668.
+    "based": _preset("based", "convolution", "taylor", "window", mlp_dim=864),
+    "window": _preset("window", "window", window=128),
+    "power": _preset("power", "power", block_size=32),
+    "moba": _preset("moba", "moba"),
+    "gated-linear": _preset("gated-linear", "gated_linear", **_GATED),
+    # One layer of softmax to two of linear attention, or of a window.
+    "hybrid": _preset("hybrid", "lightning", "lightning", "softmax", **_GATED),
+    "hybrid-window": _preset("hybrid-window", "window", "window", "softmax"),
+    # Mixture-of-Head: nine of twelve heads active.
+    "moh": _preset("moh", "moh", **_HEADS),
+    # A trained transformer that goes on with four of six heads active.
+    "moh-continued": dataclasses.replace(
+        _preset("moh-continued", "moh_query", shared_heads=2, active_heads=4),
+        start_from="runs/transformer",
+        training=dataclasses.replace(_TRAINING, steps=1000, learning_rate=3e-4),
+    ),
+}

@@ -1,0 +1,64 @@
+"""Decoders of every token mixer: steps, sampling, and what each layer should be."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from models.lm import LM, LMConfig
+from models.token_mixers import TOKEN_MIXERS
+
+TINY = LMConfig(
+    num_layers=2,
+    d_model=32,
+    num_heads=4,
+    mlp_dim=32,
+    vocab_size=61,
+    window=5,
+    feature_dim=4,
+    block_size=4,
+    top_k=2,
+    shared_heads=2,
+)
+
+
+def shaken(model: nnx.Module, scale: float = 0.1) -> nnx.Module:
+    """The same with noise on its parameters, since output layers start from 0."""
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    moved = [
+        x + scale * jax.random.normal(k, x.shape)
+        for k, x in zip(keys, leaves, strict=True)
+    ]
+    return nnx.merge(graph, jax.tree.unflatten(tree, moved), rest)
+
+
+@pytest.fixture(scope="module", params=TOKEN_MIXERS)
+def model(request):
+    config = dataclasses.replace(TINY, pattern=(request.param,))
+    return shaken(LM(config, rngs=nnx.Rngs(0)))
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return jax.random.randint(jax.random.key(2), (2, 21), 0, 61)
+
+
+def test_steps_equal_the_parallel_forward(model, tokens):
+    """A prompt of any length, then token by token: the logits of the whole."""
+    wanted = jax.jit(model)(tokens)
+    logits, cache = jax.jit(model.step)(tokens[:, :13], model.init_cache(2, 21))
+    got = [logits]
+    step = jax.jit(model.step)
+    for i in range(13, 21):
+        logits, cache = step(tokens[:, i : i + 1], cache)
+        got.append(logits)
+    chex.assert_trees_all_close(jnp.concatenate(got, 1), wanted, atol=2e-5)
+    # What follows changes nothing: the layer is causal.
+    changed = jax.jit(model)(tokens.at[:, 15:].set(0))
+    chex.assert_trees_all_close(changed[:, :15], wanted[:, :15], atol=1e-6)
+    assert abs(changed[:, 15:] - wanted[:, 15:]).max() > 1e-3
