@@ -31,7 +31,7 @@ from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, PartitionSpec
 
 import attnx
-from attnx import masks
+from attnx import masks, select
 
 H100 = """
 platform_name: "CUDA"
@@ -140,6 +140,11 @@ def cases() -> Iterator[tuple[str, Callable, tuple]]:
                 _backward(kernel),
                 (tokens,) * 3,
             )
+        if size <= 128:
+            blocks = functools.partial(
+                select.moba_attention, block_size=128, top_k=8, implementation="pallas"
+            )
+            yield f"moba H{size}", blocks, (tokens,) * 3
         lengths = jax.ShapeDtypeStruct((2,), jnp.int32)
         decode = functools.partial(attnx.decode_attention, implementation="pallas")
         structs = (_bfloat16(2, 1, 8, size), grouped, grouped, lengths)

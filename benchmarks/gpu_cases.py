@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import attnx
+from attnx import masks, select
 from benchmarks import peers
 from benchmarks.cases import Case
 
@@ -31,14 +32,18 @@ def cases() -> Iterator[Case]:
     yield neighborhood(64, (56, 56), (7, 7), (1, 1), 12, 32)
     for percent in (5, 10, 25, 50):
         yield blocks(percent, 1, 32768, 16, 128)
+    for length in (65536, 131072):
+        yield moba(1, length, 16, 128)
+    yield vmoba(1, (30, 48, 80), (10, 16, 10), 18, 16, 128)
+    yield power(1, 131072, 16, 128)
     yield decode(32, 32768, 32, 8, 128)
     for batch, length, heads in ((8, 2048, 16), (4, 4096, 32), (1, 16384, 32)):
         yield linear("per head", batch, length, heads, 128)
     yield linear("per token", 4, 4096, 32, 128)
     for batch, length in ((8, 16384), (1, 131072)):
         yield linear("per head", batch, length, 16, 128)
-    for power in (10, 12, 14, 16, 18, 20):
-        yield linear("per head", TOKENS >> power, 1 << power, 4, 128)
+    for bits in (10, 12, 14, 16, 18, 20):
+        yield linear("per head", TOKENS >> bits, 1 << bits, 4, 128)
 
 
 def dense(
@@ -121,6 +126,89 @@ def blocks(percent: int, batch: int, length: int, heads: int, size: int) -> Case
     )
 
 
+def moba(batch: int, length: int, heads: int, size: int) -> Case:
+    """Each query's own block and the seven best before it, the choice included."""
+    return Case(
+        "moba_attention",
+        f"moba block 128 top 8 B{batch} T{length} N{heads} H{size}",
+        ((batch, length, heads, size),) * 3,
+        _ours(
+            select.moba_attention,
+            ("reference", "pallas"),
+            block_size=BLOCK,
+            top_k=8,
+        ),
+        functools.partial(moba, 1, 2048, 2, size),
+        "bfloat16",
+        yardsticks={"causal cudnn": _cudnn(is_causal=True)},
+    )
+
+
+def vmoba(
+    batch: int,
+    space: tuple[int, int, int],
+    block: tuple[int, int, int],
+    top_k: int,
+    heads: int,
+    size: int,
+) -> Case:
+    """Boxes of a video chosen over whole heads, the choice included."""
+
+    def dense(*arrays):
+        flat = (x.reshape(batch, -1, heads, size) for x in arrays)
+        return _cudnn()(*flat).reshape(arrays[0].shape)
+
+    small = functools.partial(vmoba, 1, (20, 16, 10), (10, 8, 5), 2, 2, size)
+    return Case(
+        "vmoba_attention",
+        f"vmoba {_by(space)} block {_by(block)} top {top_k} B{batch} N{heads} H{size}",
+        ((batch, *space, heads, size),) * 3,
+        _ours(
+            select.vmoba_attention,
+            ("reference", "pallas"),
+            block_size=block,
+            top_k=top_k,
+        ),
+        small,
+        "bfloat16",
+        yardsticks={"cudnn": dense},
+    )
+
+
+def power(batch: int, length: int, heads: int, size: int) -> Case:
+    """PowerAttention, beside a window that visits as many blocks."""
+    mask = masks.Power(BLOCK, window=2)
+
+    def window(query, key, value):
+        with jax.ensure_compile_time_eval():
+            lists = attnx.BlockMask.from_mask(
+                mask, length, length, block_size=(BLOCK, BLOCK)
+            )
+            count = int(lists.counts.sum())
+        # A window of w blocks' length visits w + 1 of them, at the start what there is.
+        order = np.arange(length // BLOCK)
+        visits = np.minimum.outer(order, order).sum(1) + len(order)
+        blocks = int(np.searchsorted(visits, count))
+        return attnx.dot_product_attention(
+            query,
+            key,
+            value,
+            is_causal=True,
+            local_window_size=(blocks * BLOCK - 1, 0),
+            implementation="pallas",
+        )
+
+    return Case(
+        "dot_product_attention",
+        f"power block 128 B{batch} T{length} N{heads} H{size}",
+        ((batch, length, heads, size),) * 3,
+        _ours(attnx.dot_product_attention, ("reference", "pallas"), mask=mask),
+        functools.partial(power, 1, 2048, 2, size),
+        "bfloat16",
+        yardsticks={"window": window, "causal cudnn": _cudnn(is_causal=True)},
+    )
+
+
 def decode(batch: int, length: int, heads: int, kv_heads: int, size: int) -> Case:
     """Attention of one new token a sequence to a full cache, beside a copy."""
 
@@ -187,10 +275,11 @@ def linear(kind: str, batch: int, length: int, heads: int, size: int) -> Case:
     )
 
 
-def _ours(fn: Callable, **options) -> dict[str, Callable]:
+def _ours(
+    fn: Callable, names: tuple[str, ...] = ("reference", "xla", "pallas"), **options
+) -> dict[str, Callable]:
     return {
-        name: functools.partial(fn, implementation=name, **options)
-        for name in ("reference", "xla", "pallas")
+        name: functools.partial(fn, implementation=name, **options) for name in names
     }
 
 

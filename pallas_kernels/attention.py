@@ -61,6 +61,7 @@ def attention(
     key_tile: int,
     stages: int,
     warpgroups: int = 2,
+    tiles: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
     """Attends each query block to the key blocks that it lists.
 
@@ -76,6 +77,8 @@ def attention(
       key_tile: keys of one step, a divisor of `masking.key_block`.
       stages: key and value tiles in flight.
       warpgroups: 1 to 3, of 64 queries each, that share the keys.
+      tiles: neighbouring tiles of queries that a block of threads serves in turn. More
+        than one hides, where lists are short, how a tile begins and ends.
 
     Returns:
       The output `[B, T, N, V]` and the log-sum-exp in base 2, float32 `[B, N, T]`.
@@ -89,6 +92,8 @@ def attention(
     taking_turns = warpgroups > 1
     split = masking.key_block // key_tile
     log2_scale = scale * LOG2E
+    num_tiles = pl.cdiv(query_len, tile)
+    buffers = min(tiles, 2)
 
     def body(*refs):
         q_g, k_g, v_g, *lists_g = refs[:6]
@@ -96,13 +101,33 @@ def attention(
         out_g, lse_g, q_s, k_s, v_s, out_s, lse_s, *barriers = refs[
             6 + len(looked_up) :
         ]
-        q_full, k_full, v_full, k_free, v_free = barriers
+        q_full, q_free, k_full, v_full, k_free, v_free = barriers
         h, i, b = (lax.axis_index(axis) for axis in ("h", "q", "b"))
         wg = lax.axis_index("wg")
         # Later tiles of a causal mask visit more: the longest start first.
         i = lax.axis_size("q") - 1 - i
-        start = i * tile
-        block = lax.div(start, jnp.int32(masking.query_block))
+
+        def start_of(t):
+            number = i * tiles + t
+            if tiles > 1:  # The last block of threads may have fewer.
+                number = jnp.minimum(number, num_tiles - 1)
+            return number * tile
+
+        def visits_of(t):
+            """The key blocks of a tile, and the steps that they take."""
+            block = lax.div(start_of(t), jnp.int32(masking.query_block))
+            visits = Visits(lists_g, b, h, heads, block)
+            steps = visits.count * split
+            if tiles > 1:
+                steps = jnp.where(i * tiles + t < num_tiles, steps, 0)
+            return visits, steps
+
+        def each_tile(body):
+            """`body(tile, steps done before) -> steps done`."""
+            if tiles == 1:
+                body(0, 0)
+            else:
+                lax.fori_loop(0, tiles, body, jnp.int32(0))
 
         def key_start(visits, j):
             block = visits.block(lax.div(j, jnp.int32(split))) * masking.key_block
@@ -112,22 +137,30 @@ def attention(
             if taking_turns:
                 registers = 240 if warpgroups == 2 else 160
                 plgpu.set_max_registers(registers, action="increase")
-            visits = Visits(lists_g, b, h, heads, block)
-            steps = visits.count * split
+            pl.when(wg == warpgroups - 1)(lambda: give_turn(0))
+            each_tile(consume_tile)
+            plgpu.wait_smem_to_gmem(0)
+
+        def wait_turn():
+            if taking_turns:
+                mosaic.named_barrier("sync", TURN + wg, 256)
+
+        def give_turn(to):
+            if taking_turns:
+                mosaic.named_barrier("arrive", TURN + to, 256)
+
+        def consume_tile(t, before):
+            start = start_of(t)
+            visits, steps = visits_of(t)
+            slot_of = lambda j: lax.rem(jnp.int32(before + j), jnp.int32(stages))
+            buffer = lax.rem(jnp.int32(t), jnp.int32(buffers)) if tiles > 1 else 0
             first_row = wg * ROWS
-            q, lse = q_s.at[pl.ds(first_row, ROWS)], lse_s.at[wg]
+            q = q_s.at[buffer, pl.ds(first_row, ROWS)]
+            lse = lse_s.at[buffer, wg]
             if masking.predicate is not None:
                 sees = Sees(
                     masking.predicate, looked_up_g, (b, h), (start, first_row), shape
                 )
-
-            def wait_turn():
-                if taking_turns:
-                    mosaic.named_barrier("sync", TURN + wg, 256)
-
-            def give_turn(to):
-                if taking_turns:
-                    mosaic.named_barrier("arrive", TURN + to, 256)
 
             def update(j, scores, m, l, masked):
                 if masked:
@@ -142,18 +175,18 @@ def attention(
 
             def first(j, carry, masked):
                 acc, m, l, _ = carry
-                plgpu.barrier_wait(k_full.at[0])
-                scores = mosaic.product(q, mosaic.transposed(k_s.at[0]))
-                plgpu.barrier_arrive(k_free.at[0])
+                slot = slot_of(0)
+                plgpu.barrier_wait(k_full.at[slot])
+                scores = mosaic.product(q, mosaic.transposed(k_s.at[slot]))
+                plgpu.barrier_arrive(k_free.at[slot])
                 m, l, _, p = update(j, scores, m, l, masked)
                 return acc, m, l, p.astype(dtype)
 
             def step(j, carry, masked):
                 acc, m, l, p = carry
-                slot = lax.rem(j, jnp.int32(stages))
-                before = lax.rem(j - 1, jnp.int32(stages))
+                slot, last_slot = slot_of(j), slot_of(j - 1)
                 plgpu.barrier_wait(k_full.at[slot])
-                plgpu.barrier_wait(v_full.at[before])
+                plgpu.barrier_wait(v_full.at[last_slot])
                 wait_turn()
 
                 def meanwhile(scores):
@@ -162,22 +195,21 @@ def attention(
 
                 acc, (m, l, alpha, p) = mosaic.overlapped(
                     (q, k_s.at[slot]),
-                    (acc, p, v_s.at[before]),
+                    (acc, p, v_s.at[last_slot]),
                     issued=lambda: give_turn(lax.rem(wg + 1, jnp.int32(warpgroups))),
                     meanwhile=meanwhile,
                 )
-                plgpu.barrier_arrive(v_free.at[before])
+                plgpu.barrier_arrive(v_free.at[last_slot])
                 acc = acc * mosaic.along(alpha, 0, acc.shape)
                 return acc, m, l, p.astype(dtype)
 
             def last(_, acc, p):
-                slot = lax.rem(steps - 1, jnp.int32(stages))
+                slot = slot_of(steps - 1)
                 plgpu.barrier_wait(v_full.at[slot])
                 acc = mosaic.accumulated(acc, p, v_s.at[slot])
                 plgpu.barrier_arrive(v_free.at[slot])
                 return acc
 
-            pl.when(wg == warpgroups - 1)(lambda: give_turn(0))
             vector = functools.partial(mosaic.full, (ROWS,), layout=ROW)
             carry = (
                 mosaic.full((ROWS, value_size), 0.0, TILE),
@@ -187,8 +219,18 @@ def attention(
             )
             has_partial = masking.predicate is not None
             partial = visits.partial_count * split if has_partial else 0
+            if tiles > 1:
+                partial = jnp.minimum(partial, steps)
             some = jnp.minimum(steps, 1)
-            plgpu.barrier_wait(q_full)
+            plgpu.barrier_wait(q_full.at[buffer])
+            if tiles > 1:
+                # By now the output of the tile before has left its place.
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+                @pl.when((t > 0) & (t + 1 < tiles))
+                def _():
+                    plgpu.barrier_arrive(q_free.at[1 - buffer])
+
             # In full blocks the predicate holds: the first step can always ask it.
             carry = lax.fori_loop(
                 0, some, functools.partial(first, masked=has_partial), carry
@@ -211,39 +253,49 @@ def attention(
             acc = acc * mosaic.along(inverse, 0, acc.shape)
             lse[...] = jnp.where(empty, -jnp.inf, m + jnp.log(l) * LOG2E)
             # The queries have been read: their place takes the output.
-            out = (q_s if out_s is None else out_s).at[pl.ds(first_row, ROWS)]
+            out = (q_s if out_s is None else out_s).at[buffer, pl.ds(first_row, ROWS)]
             out[...] = acc.astype(dtype)
             plgpu.commit_smem()
 
-            @pl.when(start + first_row < query_len)
+            is_mine = start + first_row < query_len
+            if tiles > 1:
+                is_mine &= i * tiles + t < num_tiles
+
+            @pl.when(is_mine)
             def _():
                 rows = pl.ds(start + first_row, ROWS)
                 plgpu.copy_smem_to_gmem(out, out_g.at[b, rows, h])
                 plgpu.copy_smem_to_gmem(lse, lse_g.at[b, h, rows])
 
-            plgpu.wait_smem_to_gmem(0)
+            return before + steps
 
         def produce():
             if taking_turns:
                 plgpu.set_max_registers(24, action="decrease")
+            kv_head = lax.div(h, jnp.int32(group))
 
-            @mosaic.by_one_warp
-            def _():
-                kv_head = lax.div(h, jnp.int32(group))
+            def fetch(t):
+                start = start_of(t)
+                buffer = lax.rem(jnp.int32(t), jnp.int32(buffers)) if tiles > 1 else 0
                 for i in range(warpgroups):
                     # Of the last tile some may lie past the end: they get queries
                     # whose output nobody writes.
                     first = jnp.minimum(start + i * ROWS, query_len - ROWS)
-                    own = q_s.at[pl.ds(i * ROWS, ROWS)]
+                    own = q_s.at[buffer, pl.ds(i * ROWS, ROWS)]
                     plgpu.copy_gmem_to_smem(
-                        q_g.at[b, pl.ds(first, ROWS), h], own, q_full
+                        q_g.at[b, pl.ds(first, ROWS), h], own, q_full.at[buffer]
                     )
-                visits = Visits(lists_g, b, h, heads, block)
-                steps = visits.count * split
+
+            def produce_tile(t, before):
+                visits, steps = visits_of(t)
 
                 def copy(j, gmem, smem, full, free):
-                    slot = lax.rem(j, jnp.int32(stages))
-                    pl.when(j >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+                    slot = lax.rem(before + j, jnp.int32(stages))
+
+                    @pl.when(before + j >= stages)
+                    def _():
+                        plgpu.barrier_wait(free.at[slot])
+
                     rows = pl.ds(sum(key_start(visits, j)), key_tile)
                     plgpu.copy_gmem_to_smem(
                         gmem.at[b, rows, kv_head], smem.at[slot], full.at[slot]
@@ -255,7 +307,26 @@ def attention(
                     pl.when(j < steps)(lambda: copy(j, k_g, k_s, k_full, k_free))
                     pl.when(j > 0)(lambda: copy(j - 1, v_g, v_s, v_full, v_free))
 
-                @pl.loop(jnp.maximum(steps - stages, 0), steps)
+                if tiles > 1:
+
+                    @pl.when(t + 1 < tiles)
+                    def _():
+                        # The place of the tile before the one that is attended now.
+                        buffer = lax.rem(t + 1, jnp.int32(buffers))
+                        pl.when(t > 0)(lambda: plgpu.barrier_wait(q_free.at[buffer]))
+                        fetch(t + 1)
+
+                return before + steps
+
+            @mosaic.by_one_warp
+            def _():
+                fetch(0)
+                if tiles == 1:
+                    total = produce_tile(0, 0)
+                else:
+                    total = lax.fori_loop(0, tiles, produce_tile, jnp.int32(0))
+
+                @pl.loop(jnp.maximum(total - stages, 0), total)
                 def _(j):
                     slot = lax.rem(j, jnp.int32(stages))
                     plgpu.barrier_wait(k_free.at[slot])
@@ -265,6 +336,7 @@ def attention(
         pl.when(wg == warpgroups)(produce)
 
     slots = functools.partial(plgpu.Barrier, num_barriers=stages)
+    queries = functools.partial(plgpu.Barrier, num_barriers=buffers)
     alone = head_size == value_size
     return mosaic.call(
         body,
@@ -274,18 +346,19 @@ def attention(
             jax.ShapeDtypeStruct((batch, heads, query_len), jnp.float32),
         ),
         scratch=[
-            mosaic.tiled((tile, head_size), dtype),
+            mosaic.tiled((buffers, tile, head_size), dtype),
             mosaic.tiled((stages, key_tile, head_size), dtype),
             mosaic.tiled((stages, key_tile, value_size), dtype),
-            None if alone else mosaic.tiled((tile, value_size), dtype),
-            plgpu.SMEM((warpgroups, ROWS), jnp.float32),
-            plgpu.Barrier(num_arrivals=warpgroups),
+            None if alone else mosaic.tiled((buffers, tile, value_size), dtype),
+            plgpu.SMEM((buffers, warpgroups, ROWS), jnp.float32),
+            queries(num_arrivals=warpgroups),
+            queries(num_arrivals=warpgroups),
             slots(),
             slots(),
             slots(num_arrivals=warpgroups),
             slots(num_arrivals=warpgroups),
         ],
-        grid=(heads, pl.cdiv(query_len, tile), batch),
+        grid=(heads, pl.cdiv(num_tiles, tiles), batch),
         grid_names=("h", "q", "b"),
         num_threads=warpgroups + 1,
         thread_name="wg",

@@ -12,6 +12,7 @@ from helpers import assert_matches, normal, relative_rms
 
 import attnx
 from attnx import BlockMask, masks
+from attnx.softmax import pallas
 from pallas_kernels import mosaic
 
 SINCE_0_11 = jax.__version_info__ >= (0, 11)
@@ -325,3 +326,19 @@ def test_a_query_that_sees_nothing_gives_nothing():
     np.testing.assert_array_equal(out[:, :40], 0)
     np.testing.assert_array_equal(lse[:, :40], -np.inf)
     assert np.isfinite(lse[:, 40:]).all()
+
+
+@pytest.mark.skipif(not SINCE_0_11, reason="takes long before jax 0.11")
+@pytest.mark.parametrize("tiles", [2, 4])
+def test_a_block_of_threads_serves_several_tiles(tiles, monkeypatch):
+    monkeypatch.setattr(pallas, "_tiles_in_turn", lambda *_: tiles)
+    call = functools.partial(
+        SOFTMAX, mask=masks.Causal() & ~masks.Prefix(40), return_residual=True
+    )
+    args = normal(0, *shapes(1, 650, 2, 128), dtype="bfloat16")
+    with mosaic.interpret():
+        got = jax.jit(functools.partial(call, implementation="pallas"))(*args)
+    wide = [x.astype(jnp.float32) for x in args]
+    want = call(*wide, implementation="reference")
+    np.testing.assert_allclose(got[1], want[1], atol=1e-2)
+    assert relative_rms(got[0], want[0]) < 4e-3

@@ -29,5 +29,6 @@ from attnx.select.routing import unit_variance as unit_variance
 from attnx.select.superlinear import Spans as Spans
 from attnx.select.superlinear import superlinear_attention as superlinear_attention
 from attnx.select.superlinear import superlinear_spans as superlinear_spans
+from attnx.select.top_k import top_k_pooled_blocks as top_k_pooled_blocks
 from attnx.select.vmoba import vmoba_attention as vmoba_attention
 from attnx.select.vmoba import vmoba_block_sizes as vmoba_block_sizes

@@ -6,6 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attnx._checks import expect, expect_float, expect_shape
 from attnx.softmax.mask import mask_class
@@ -17,7 +18,8 @@ class Blocks:
 
     Attributes:
       ids: int32 `[B or 1, S]`, the number of each token's block; `count` for a token
-        that is in none, such as padding.
+        that is in none, such as padding. A NumPy array where the cut is known when the
+        program is traced: what follows from it is then no work of the program.
       count: n, the most blocks there may be. Some may be empty.
 
     Example:
@@ -31,7 +33,7 @@ class Blocks:
       ([[0, 0, 0, 1, 2, 2]], [[3, 1, 2, 0]])
     """
 
-    ids: jax.Array
+    ids: jax.Array | np.ndarray
     count: int
 
     @classmethod
@@ -47,7 +49,7 @@ class Blocks:
         """
         check_block_size(block_size)
         count = -(-length // block_size)
-        index = jnp.arange(length, dtype=jnp.int32)[None]
+        index = np.arange(length, dtype=np.int32)[None]
         ids = index // block_size
         if lengths is not None:
             ids = jnp.where(index < jnp.asarray(lengths)[:, None], ids, count)
@@ -68,15 +70,37 @@ class Blocks:
         ids = jnp.cumsum(starts.at[:, 0].set(True), 1, dtype=jnp.int32) - 1
         return cls(jnp.minimum(ids, count - 1), count)
 
-    def sizes(self) -> jax.Array:
+    def sizes(self) -> jax.Array | np.ndarray:
         """Tokens in each block, int32 `[B or 1, count]`."""
+        if isinstance(self.ids, np.ndarray):
+            index = np.arange(self.count)[:, None]
+            return (self.ids[:, None] == index).sum(-1, dtype=np.int32)
         return self._per_block(jax.ops.segment_sum, jnp.ones_like(self.ids))
 
-    def starts(self) -> jax.Array:
+    def starts(self) -> jax.Array | np.ndarray:
         """The first token of each block, int32 `[B or 1, count]`; of none, a large."""
-        index = jnp.arange(self.ids.shape[1], dtype=jnp.int32)
+        index = np.arange(self.ids.shape[1], dtype=np.int32)
+        if isinstance(self.ids, np.ndarray):
+            none = np.iinfo(np.int32).max
+            starts = np.full((len(self.ids), self.count + 1), none, np.int32)
+            for row, ids in zip(starts, self.ids, strict=True):
+                np.minimum.at(row, ids, index)
+            return starts[:, :-1]
         index = jnp.broadcast_to(index, self.ids.shape)
         return self._per_block(jax.ops.segment_min, index)
+
+    def regular_size(self) -> int | None:
+        """Tokens of every block but the last, if they follow without a gap; or None.
+
+        None also where the cut is known only when the program runs.
+        """
+        if not isinstance(self.ids, np.ndarray) or len(self.ids) > 1:
+            return None
+        size = int((self.ids == 0).sum())
+        if size == 0:
+            return None
+        wanted = np.minimum(np.arange(self.ids.shape[1]) // size, self.count)
+        return size if np.array_equal(self.ids[0], wanted) else None
 
     def _per_block(self, reduce, x):
         """Reduces `[B, S, ...]` to `[B, count, ...]`."""
@@ -239,7 +263,18 @@ def _checked(x, blocks):
 
 
 def _pool_sum(x, blocks):
-    return blocks._per_block(jax.ops.segment_sum, _checked(x, blocks))
+    x = _checked(x, blocks)
+    if size := blocks.regular_size():
+        return in_blocks(x, size, blocks.count).sum(2)
+    return blocks._per_block(jax.ops.segment_sum, x)
+
+
+def in_blocks(x: jax.Array, size: int, count: int) -> jax.Array:
+    """`[B, S, ...]` to `[B, count, size, ...]`, with zeros past the end."""
+    x = x[:, : count * size]
+    rest = count * size - x.shape[1]
+    x = jnp.pad(x, ((0, 0), (0, rest), *((0, 0),) * (x.ndim - 2)))
+    return x.reshape(x.shape[0], count, size, *x.shape[2:])
 
 
 def _sizes(blocks):

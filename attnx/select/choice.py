@@ -14,7 +14,7 @@ from attnx.softmax.mask import Mask, mask_class
 SCOPES = ("row", "head", "layer")
 
 
-@mask_class(meta=("grid",))
+@mask_class(meta=("grid", "per_row"))
 class Choice:
     """The blocks that rows chose, as lists of pairs (row, block) of a fixed length.
 
@@ -26,11 +26,14 @@ class Choice:
         count on from head to head. The number past the last row in an empty slot.
       blocks: the same shape, the blocks chosen. n in an empty slot.
       grid: (N, T, n), heads, rows of a head, and blocks.
+      per_row: slots of each row, where a list has those of its first row first, then
+        those of the next; None where rows come in any order.
     """
 
     rows: jax.Array
     blocks: jax.Array
     grid: tuple[int, int, int]
+    per_row: int | None = None
 
     def to_tiles(self) -> jax.Array:
         """The map of what is chosen, bool `[B, N, T, n]`."""
@@ -98,11 +101,13 @@ def top_k_blocks(
     """
     scores, valid, forced = _checked(scores, valid, forced, scope)
     expect(isinstance(k, int) and k >= 1, "k", "an integer of at least 1", k)
-    ranked = jnp.where(forced, jnp.inf, scores)
-    ranked = _flat(jnp.where(valid, ranked, -jnp.inf), scope)
-    _, index = jax.lax.top_k(ranked, _slots(scores.shape, k, scope))
-    kept = jnp.take_along_axis(_flat(valid, scope), index, -1)
-    return _choice(index, kept, scores.shape)
+    ranked = jnp.where(valid, jnp.where(forced, jnp.inf, scores), -jnp.inf)
+    slots = _slots(scores.shape, k, scope)
+    if scope != "row":
+        return _listed(_best(_flat(ranked, scope), slots), valid, scope, slots)
+    _, index = jax.lax.top_k(ranked, slots)
+    kept = jnp.take_along_axis(valid, index, -1)
+    return choice_of(index, kept, scores.shape)
 
 
 def threshold_blocks(
@@ -154,18 +159,16 @@ def threshold_blocks(
         max_blocks,
     )
     scores = jnp.where(valid, scores, 0)
-    ranked = jnp.where(forced, jnp.inf, scores)
-    ranked = _flat(jnp.where(valid, ranked, -jnp.inf), scope)
-    _, index = jax.lax.top_k(ranked, _slots(scores.shape, max_blocks, scope))
-    kept, first, mass = (
-        jnp.take_along_axis(_flat(x, scope), index, -1)
-        for x in (valid, forced & valid, scores)
-    )
-    before = jnp.cumsum(mass, -1) - mass
+    ranked = jnp.where(valid, jnp.where(forced, jnp.inf, scores), -jnp.inf)
+    ranked, first = (_flat(x, scope) for x in (ranked, forced & valid))
+    slots = _slots(scores.shape, max_blocks, scope)
     # Scores that are all 0 have no best: any share of them takes all.
-    wanted = threshold * (_flat(scores, scope).sum(-1, keepdims=True) + 1e-6)
-    next_best = jnp.arange(index.shape[-1]) == first.sum(-1, keepdims=True)
-    return _choice(index, kept & (first | next_best | (before < wanted)), scores.shape)
+    mass = _flat(scores, scope)
+    wanted = threshold * (mass.sum(-1) + 1e-6)
+    # As many as come before the share is reached, and one that is not forced.
+    enough = jnp.maximum(_reach(ranked, mass, wanted), first.sum(-1) + 1)
+    best = _best(ranked, jnp.minimum(enough, slots))
+    return _listed(best, valid, scope, slots)
 
 
 def min_max(
@@ -239,7 +242,7 @@ def _slots(shape, per_row, scope):
     return rows * min(per_row, blocks)
 
 
-def _choice(index, kept, shape):
+def choice_of(index, kept, shape):
     """Ranked indices `[B, N or 1, (T,) slots]` of a scope, and which of them count."""
     batch, heads, rows, blocks = shape
     row, block = jnp.divmod(index.astype(jnp.int32), blocks)
@@ -249,4 +252,91 @@ def _choice(index, kept, shape):
     row = jnp.where(kept, row, heads // lists * rows)
     block = jnp.where(kept, block, blocks)
     flat = (batch, lists, -1)
-    return Choice(row.reshape(flat), block.reshape(flat), (heads, rows, blocks))
+    return Choice(
+        row.reshape(flat),
+        block.reshape(flat),
+        (heads, rows, blocks),
+        index.shape[-1] if index.ndim == 4 else None,
+    )
+
+
+def _best(ranked, count):
+    """The `count` best of `[..., size]`, bool; of equals those that come first."""
+    order = _ordered(ranked)
+    count = jnp.asarray(count)
+    last = _largest(order, lambda x: x.sum(-1) >= count)[..., None]
+    above, equal = order > last, order == last
+    left = count - above.sum(-1)
+    return above | equal & (_running_sum(equal) <= left[..., None])
+
+
+def _reach(ranked, mass, wanted):
+    """How many of the best are begun before their mass comes to what is wanted."""
+    order = _ordered(ranked)
+    sum_of = lambda x: jnp.where(x, mass, 0).sum(-1)
+    last = _largest(order, lambda x: sum_of(x) >= wanted)
+    above, equal = order > last[..., None], order == last[..., None]
+    each = jnp.max(jnp.where(equal, mass, 0), -1)
+    rest = wanted - sum_of(above)
+    ties = jnp.ceil(rest / jnp.where(each > 0, each, 1))
+    ties = jnp.where(each > 0, ties, jnp.where(rest > 0, jnp.inf, 0))
+    return above.sum(-1) + jnp.minimum(ties, equal.sum(-1)).astype(jnp.int32)
+
+
+def _ordered(x):
+    """Floats as unsigned integers in the same order."""
+    x = x + 0  # -0 and 0 are equal.
+    bits = jnp.finfo(x.dtype).bits
+    dtype = jnp.dtype(f"uint{bits}")
+    top = jnp.array(1 << (bits - 1), dtype)
+    x = jax.lax.bitcast_convert_type(x, dtype)
+    return jnp.where(x >= top, ~x, x | top)
+
+
+def _largest(order, holds):
+    """The largest value of which `holds(order >= value)`, bit by bit, or 0."""
+    bits, one = jnp.iinfo(order.dtype).bits, jnp.array(1, order.dtype)
+
+    def step(i, value):
+        bit = jnp.left_shift(
+            jnp.array(1, order.dtype), (bits - 1 - i).astype(order.dtype)
+        )
+        more = value | bit
+        return jnp.where(holds(order >= more[..., None]), more, value)
+
+    start = jnp.zeros(order.shape[:-1], order.dtype)
+    return jax.lax.fori_loop(0, bits, step, start)
+
+
+def _listed(best, valid, scope, slots):
+    """The choice of what is marked in `[B, scopes, size]`, or `[B, N, T, n]` by row."""
+    shape = valid.shape
+    batch, heads, rows, blocks = shape
+    best &= _flat(valid, scope)
+    if scope == "row":
+        best = best.reshape(-1, blocks)
+    else:
+        best = best.reshape(-1, best.shape[-1])
+    place = jnp.where(best, _running_sum(best) - 1, slots)
+    index = jnp.arange(best.shape[-1], dtype=jnp.int32)
+
+    def compact(place):
+        empty = jnp.full(slots, -1, jnp.int32)
+        return empty.at[place].set(index, mode="drop", unique_indices=True)
+
+    index = jax.vmap(compact)(place)
+    lead = (batch, heads, rows) if scope == "row" else (batch, -1)
+    index = index.reshape(*lead, slots)
+    return choice_of(jnp.maximum(index, 0), index >= 0, shape)
+
+
+def _running_sum(x):
+    """The inclusive sums of bool `[..., size]`, in two levels."""
+    size = x.shape[-1]
+    width = 1 << (max(size - 1, 1).bit_length() // 2)
+    pad = [(0, 0)] * (x.ndim - 1) + [(0, -size % width)]
+    x = jnp.pad(x, pad).reshape(*x.shape[:-1], -1, width).astype(jnp.int32)
+    inner = jnp.cumsum(x, -1)
+    outer = jnp.cumsum(inner[..., -1], -1)
+    sums = inner + (outer - inner[..., -1])[..., None]
+    return sums.reshape(*x.shape[:-2], -1)[..., :size]

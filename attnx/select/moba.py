@@ -12,14 +12,14 @@ import numpy as np
 from attnx._checks import expect, expect_shape
 from attnx.select.blocks import (
     Blocks,
-    block_scores,
     check_block_size,
     document_starts,
     pool_mean,
 )
-from attnx.select.choice import Choice, top_k_blocks
+from attnx.select.choice import Choice
 from attnx.select.chosen import Chosen
 from attnx.select.routed import routed_attention
+from attnx.select.top_k import top_k_pooled_blocks
 from attnx.softmax import KernelConfig, dot_product_attention, merge_attention
 from attnx.softmax.engine import check_arrays
 from attnx.softmax.mask import Mask
@@ -84,7 +84,9 @@ def moba_attention(
     expect(batched, "query", "[B, T, N, H]", query.shape[1:])
     expect(key.shape[1] == query.shape[1], "key", "query's length", key.shape)
     cut = _Cut.of(key, block_size, segment_ids)
-    choice = _choose(query, key, cut, top_k)
+    # Whoever asks for no kernel gets none for the choice either.
+    plain = implementation if implementation in ("reference", "xla") else None
+    choice = _choose(query, key, cut, top_k, implementation=plain)
     attend = functools.partial(
         dot_product_attention,
         query,
@@ -157,7 +159,9 @@ def moba_mask(
         query_start = jnp.asarray(query_start)
         expect_shape("query_start", query_start, query.shape[:1])
     cut = _Cut.of(key, block_size, segment_ids)
-    return _mask(_choose(query, key, cut, top_k, query_start), cut, query_start)
+    return _mask(
+        _choose(query, key, cut, top_k, query_start=query_start), cut, query_start
+    )
 
 
 class _Cut(NamedTuple):
@@ -166,6 +170,7 @@ class _Cut(NamedTuple):
     Attributes:
       document: where the document of each token starts.
       own: where the block of each token starts.
+      block_size: tokens of a block.
       blocks: those of full size, numbered by the S // block_size cells of the sequence
         in which they start: no two start in one. The last block of a document may be
         shorter, but it is before no query.
@@ -173,6 +178,7 @@ class _Cut(NamedTuple):
 
     document: jax.Array | np.ndarray
     own: jax.Array | np.ndarray
+    block_size: int
     blocks: Blocks
 
     @classmethod
@@ -190,28 +196,38 @@ class _Cut(NamedTuple):
         own = index - (index - document) % block_size
         last = own + block_size - 1
         count = length // block_size
-        same = jnp.take_along_axis(document, last, 1, mode="clip") == document
-        is_full = (last < length) & same
-        ids = jnp.where(is_full, own // block_size, count)
-        return cls(document, own, Blocks(ids, count))
+        numpy = np if segment_ids is None else jnp
+        ends = numpy.take_along_axis(document, numpy.minimum(last, length - 1), 1)
+        is_full = (last < length) & (ends == document)
+        ids = numpy.where(is_full, own // block_size, count).astype(np.int32)
+        return cls(document, own, block_size, Blocks(ids, count))
 
 
-def _choose(query, key, cut, top_k, query_start=None) -> Choice | None:
+def _choose(
+    query, key, cut, top_k, *, query_start=None, implementation=None
+) -> Choice | None:
     """The blocks before its own that each query attends, unless there can be none."""
     expect(isinstance(top_k, int) and top_k >= 1, "top_k", "at least 1", top_k)
     if top_k == 1 or cut.blocks.count == 0:
         return None
-    position = jnp.arange(query.shape[1])[None]
+    document, own = cut.document, cut.own
     if query_start is not None:
-        position += query_start[:, None]
-    document, own = (
-        jnp.take_along_axis(jnp.asarray(x), position, 1, mode="clip")[..., None]
-        for x in (cut.document, cut.own)
+        position = query_start[:, None] + np.arange(query.shape[1])
+        document, own = (
+            jnp.take_along_axis(jnp.asarray(x), position, 1, mode="clip")
+            for x in (document, own)
+        )
+    # In a document full blocks start in neighbouring cells.
+    first = document // cut.block_size
+    stop = first + (own - document) // cut.block_size
+    return top_k_pooled_blocks(
+        query,
+        pool_mean(key, cut.blocks),
+        top_k - 1,
+        first=first,
+        stop=stop,
+        implementation=implementation,
     )
-    starts = cut.blocks.starts()[:, None]
-    valid = (document <= starts) & (starts < own)
-    scores = block_scores(query, pool_mean(key, cut.blocks))
-    return top_k_blocks(scores, top_k - 1, valid=valid[:, None])
 
 
 def _mask(choice, cut, query_start=None):

@@ -12,9 +12,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attnx._checks import expect
-from attnx.select.blocks import Blocks, check_block_size
+from attnx.select.blocks import Blocks, check_block_size, in_blocks
 from attnx.select.choice import Choice
 from attnx.select.chosen import Chosen
 from attnx.softmax import (
@@ -25,9 +26,12 @@ from attnx.softmax import (
 )
 from attnx.softmax.engine import check_arrays
 from attnx.softmax.mask import Mask, mask_class
+from attnx.softmax.masks import Full
 
 # Queries of a tile at most: what kernels take.
 _TILE = 128
+# Pairs of rows and blocks attended at a time, if one head has no more.
+_PAIRS = 1 << 19
 
 
 def routed_attention(
@@ -80,7 +84,7 @@ def routed_attention(
     query, key, value, batched = check_arrays(query, key, value)
     expect(batched, "query", "[B, T, N, H]", query.shape[1:])
     check_block_size(block_size)
-    batch, length, heads, _ = query.shape
+    _, length, heads, _ = query.shape
     grid = (heads, length, blocks.count)
     expect(choice.grid == grid, "choice", f"the grid {grid}", choice.grid)
     key_len = blocks.ids.shape[1]
@@ -96,58 +100,134 @@ def routed_attention(
             return_residual=return_residual,
         )
 
-    rows, chosen, count = choice.rows, choice.blocks, blocks.count
-    starts, sizes = (
-        jnp.broadcast_to(x, (batch, count)) for x in (blocks.starts(), blocks.sizes())
+    attend = functools.partial(
+        _attend,
+        block_size=block_size,
+        per_row=None if choice.rows.shape[1] < heads else choice.per_row,
+        scale=scale,
+        implementation=implementation,
     )
-    key, value = (_cut(x, starts, block_size) for x in (key, value))
-    folded = rows.shape[1] < heads
-    if folded:
-        # One list for all heads: they become one head, one after the other.
-        key_head = rows // (length * (heads // key.shape[2]))
-        count *= key.shape[2]
-        sizes = jnp.tile(sizes, key.shape[2])
-        chosen = jnp.where(
-            chosen < blocks.count, key_head * blocks.count + chosen, count
-        )
-        query, key, value = (_fold(x) for x in (query, key, value))
+    if choice.rows.shape[1] < heads:
+        out, lse = _as_one_head(attend, query, key, value, choice, blocks)
+    else:
+        lists = choice.rows, choice.blocks
+        out, lse = _by_heads(attend, query, key, value, lists, blocks)
+    return (out, lse) if return_residual else out
+
+
+def _by_heads(attend, query, key, value, lists, blocks):
+    """`attend` on so many heads at a time as memory should hold the parts of."""
+    batch, _, heads, _ = query.shape
+    key_heads = key.shape[2]
+    group = heads // key_heads
+    pairs = lists[0].shape[-1] * batch * group
+    at_once = max(
+        n
+        for n in range(1, key_heads + 1)
+        if key_heads % n == 0 and (n == 1 or n * pairs <= _PAIRS)
+    )
+    if at_once == key_heads:
+        return attend(query, key, value, *lists, blocks)
+
+    def split(x, axis):
+        """One axis of heads to (steps, heads of a step), the steps in front."""
+        count = key_heads // at_once
+        x = x.reshape(*x.shape[:axis], count, -1, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis, 0)
+
+    # What of a step can be computed again is not kept for the backward.
+    step = jax.checkpoint(lambda arrays: attend(*arrays, blocks))
+    arrays = [split(x, 2) for x in (query, key, value)]
+    found = jax.lax.map(step, (*arrays, *(split(x, 1) for x in lists)))
+    return jax.tree.map(
+        lambda x: jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], heads, *x.shape[4:]),
+        found,
+    )
+
+
+def _as_one_head(attend, query, key, value, choice, blocks):
+    """`attend` where one list serves all heads: they follow each other as one."""
+    _, length, heads, _ = query.shape
+    key_heads, count = key.shape[2], blocks.count
+    head = choice.rows // (length * (heads // key_heads))
+    tokens = key.shape[1]
+    # The blocks of later heads come after those of earlier ones.
+    ids = jnp.broadcast_to(jnp.asarray(blocks.ids), (len(blocks.ids), tokens))
+    shift = jnp.arange(key_heads)[:, None] * count
+    ids = jnp.where(ids[:, None] < count, ids[:, None] + shift, key_heads * count)
+    every = Blocks(ids.reshape(len(ids), -1), key_heads * count)
+    chosen = jnp.where(choice.blocks < count, head * count + choice.blocks, every.count)
+    query, key, value = (_fold(x) for x in (query, key, value))
+    out, lse = attend(query, key, value, choice.rows, chosen, every)
+    return _unfold(out, length), _unfold(lse, length)
+
+
+def _attend(
+    query,
+    key,
+    value,
+    rows,
+    chosen,
+    blocks,
+    *,
+    block_size,
+    per_row,
+    scale,
+    implementation,
+):
+    """Attention of `[B, T, N, H]` by lists `[B, N, P]` of rows and blocks."""
+    batch, length = query.shape[:2]
+    count = blocks.count
+    # Longer blocks are visited in steps, of which only the last needs a predicate.
+    step = min(block_size, _TILE)
+    steps = -(-block_size // step)
+    sizes = blocks.sizes()
+    key, value = (_cut(x, blocks, block_size, steps * step) for x in (key, value))
+    mask = None
+    if not isinstance(sizes, np.ndarray) or (sizes % step).any():
+        mask = _Inside(jnp.asarray(sizes), steps * step)
 
     tile = min(_TILE, block_size)
-    plan = functools.partial(_plan, num_rows=query.shape[1], count=count, tile=tile)
-    rows, block, used = jax.vmap(jax.vmap(plan))(rows, chosen)
-    # Only blocks that are shorter than others need a predicate.
-    is_short = jnp.take_along_axis(sizes[:, None], block, 2) < block_size
-    gathered = jnp.take_along_axis(
-        query, jnp.swapaxes(rows, 1, 2)[..., None], 1, mode="clip"
+    plan = functools.partial(_plan, num_rows=length, count=count, tile=tile)
+    rows, place, block, used = jax.vmap(jax.vmap(plan))(rows, chosen)
+    gather = functools.partial(_gathered, per_row, length)
+    gathered = jax.vmap(jax.vmap(gather, (1, 0, 0), 1))(query, rows, place)
+    size = jnp.take_along_axis(
+        jnp.broadcast_to(jnp.asarray(sizes)[:, None], (batch, 1, count)), block, 2
     )
+    is_short = (size % step > 0).astype(jnp.int32)
+    order = jnp.arange(steps) - is_short[..., None]
+    order = jnp.where(order < 0, (size // step)[..., None], order)
     out, lse = block_sparse_attention(
         gathered,
         key,
         value,
         BlockMask(
-            block[..., None],
-            used,
+            jnp.minimum(block[..., None] * steps + order, count * steps - 1),
+            used * (size // step + is_short),
             used * is_short,
-            _Inside(sizes, block_size),
+            Full() if mask is None else mask,
             query_len=gathered.shape[1],
             key_len=key.shape[1],
-            block_size=(tile, block_size),
+            block_size=(tile, step),
         ),
         scale=scale,
         implementation=implementation,
         return_residual=True,
     )
-    merge = functools.partial(_merge, num_rows=query.shape[1])
-    merge = jax.vmap(jax.vmap(merge, (1, 1, 0), 1))
-    out, lse = merge(out, lse, rows)
-    if folded:
-        out, lse = (_unfold(x, length) for x in (out, lse))
-    return (out, lse) if return_residual else out
+    merge = functools.partial(_merged, per_row, length)
+    return jax.vmap(jax.vmap(merge, (1, 1, 0, 0), 1))(out, lse, rows, place)
 
 
-def _cut(x, starts, block_size):
-    """The blocks of `[B, S, K, H]` one after the other: `[B, n * block_size, K, H]`."""
-    index = starts[:, :, None] + jnp.arange(block_size)
+def _cut(x, blocks, block_size, size):
+    """`[B, S, K, H]` as blocks of `size` tokens, padded, one after the other."""
+    if blocks.regular_size() == block_size:
+        x = in_blocks(x, block_size, blocks.count)
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, size - block_size), (0, 0), (0, 0)))
+        return x.reshape(x.shape[0], -1, *x.shape[3:])
+    starts = jnp.broadcast_to(jnp.asarray(blocks.starts()), (len(x), blocks.count))
+    starts = jnp.minimum(starts, x.shape[1])
+    index = starts[:, :, None] + jnp.arange(size)
     index = index.reshape(len(starts), -1)[..., None, None]
     return jnp.take_along_axis(x, index, 1, mode="clip")
 
@@ -156,57 +236,145 @@ def _plan(rows, blocks, *, num_rows, count, tile):
     """Sorts pairs by block and fills tiles with the rows of one block each.
 
     Returns:
-      The row in each place of the tiles, `num_rows` where none; which block each tile
-      attends to; and whether it is in use, 0 or 1.
+      The row in each place of the tiles, `num_rows` where none; the place of each pair,
+      the number of places where none; which block each tile attends to; and whether
+      it is in use, 0 or 1.
     """
     pairs = rows.shape[0]
-    order = jnp.argsort(blocks, stable=True)
-    blocks = blocks[order]
-    first = jnp.searchsorted(blocks, jnp.arange(count + 1))
-    tiles = -(-jnp.diff(first) // tile)
-    stops = jnp.cumsum(tiles)
+    dtype = jnp.uint16 if count < 1 << 16 else jnp.int32
+    order = jnp.argsort(blocks.astype(dtype), stable=True).astype(jnp.int32)
+    ordered = blocks[order]
+    sizes = _run_lengths(ordered, count)
+    first = jnp.cumsum(sizes) - sizes
+    stops = jnp.cumsum(-(-sizes // tile))
+    starts = stops + -sizes // tile
     # Each block leaves at most one tile unfilled.
     most = max(1, (pairs + count * (tile - 1)) // tile)
 
-    inside = jnp.minimum(blocks, count - 1)
-    place = (stops - tiles)[inside] * tile + jnp.arange(pairs) - first[inside]
-    place = jnp.where(blocks < count, place, most * tile)
-    rows = (
-        jnp.full(most * tile, num_rows, jnp.int32)
-        .at[place]
-        .set(rows[order], mode="drop")
-    )
     index = jnp.arange(most)
-    block = jnp.minimum(jnp.searchsorted(stops, index, side="right"), count - 1)
+    block = jnp.minimum(_count_up_to(stops, index), count - 1)
     used = (index < stops[-1]).astype(jnp.int32)
-    return rows, block.astype(jnp.int32), used
+    offset = (index - starts[block]) * tile
+    left = jnp.where(used > 0, sizes[block] - offset, 0)
+    pair = (first[block] + offset)[:, None] + jnp.arange(tile)
+    pair = order[jnp.clip(pair, 0, pairs - 1)]
+    is_filled = jnp.arange(tile) < left[:, None]
+    filled = jnp.where(is_filled, rows[pair], num_rows).reshape(-1)
+
+    inside = jnp.minimum(ordered, count - 1)
+    place = starts[inside] * tile + jnp.arange(pairs) - first[inside]
+    place = jnp.where(ordered < count, place, most * tile).astype(jnp.int32)
+    place = jnp.zeros(pairs, jnp.int32).at[order].set(place, unique_indices=True)
+    return filled.astype(jnp.int32), place, block.astype(jnp.int32), used
 
 
-@mask_class()
+def _run_lengths(ordered, count):
+    """How often each of 0 ... count - 1 comes in numbers that are in order."""
+    pairs = ordered.shape[0]
+    is_first = jnp.concatenate([jnp.array([True]), ordered[1:] != ordered[:-1]])
+    # A few thousand writes at most, where a sum of ones would add all pairs.
+    number = jnp.where(is_first, ordered, count + 1)
+    first = jnp.full(count + 1, pairs, jnp.int32)
+    index = jnp.arange(pairs, dtype=jnp.int32)
+    first = first.at[number].set(index, mode="drop", unique_indices=True)
+    # A number that does not come begins where the next one does.
+    return jnp.diff(jax.lax.cummin(first, reverse=True))
+
+
+def _count_up_to(stops, index):
+    """How many of the stops are at most each index: in one pass, with no loop."""
+    return jnp.searchsorted(stops, index, side="right", method="compare_all")
+
+
+@mask_class(meta=("length",))
 class _Inside(Mask):
-    """The keys that a block has, of blocks cut to one size: `sizes` is `[B, n]`."""
+    """The keys that a block has, of blocks cut to one length: `sizes` is `[B, n]`."""
 
     sizes: jax.Array
-    block_size: int
+    length: int
 
     def __call__(self, batch, head, query, key):
-        size = jnp.asarray(self.sizes)[batch, key // self.block_size]
-        return key % self.block_size < size
+        batch = 0 if self.sizes.shape[0] == 1 else batch
+        size = jnp.asarray(self.sizes)[batch, key // self.length]
+        return key % self.length < size
 
 
-def _merge(out, lse, rows, *, num_rows):
-    """Merges parts `[P, V]`, `[P]` by row: `merge_attention` of a varying number."""
-    dtype = out.dtype
-    total_of = functools.partial(jax.ops.segment_sum, num_segments=num_rows)
-    peak = jax.ops.segment_max(jax.lax.stop_gradient(lse), rows, num_rows)
-    peak = jnp.where(jnp.isfinite(peak), peak, 0)
-    is_part = rows < num_rows
-    weights = jnp.exp(jnp.where(is_part, lse - peak[rows], -jnp.inf))
-    total = total_of(weights, rows)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gathered(per_row, num_rows, x, rows, place):
+    """The rows `[M]` of `[T, H]`: `[M, H]`."""
+    return jnp.take(x, rows, 0, mode="clip")
+
+
+def _gathered_forward(per_row, num_rows, x, rows, place):
+    return _gathered(per_row, num_rows, x, rows, place), (rows, place)
+
+
+def _gathered_backward(per_row, num_rows, residuals, grads):
+    rows, place = residuals
+    if per_row is None:
+        dtype = jnp.promote_types(grads.dtype, jnp.float32)
+        total = jax.ops.segment_sum(grads.astype(dtype), rows, num_rows)
+    else:
+        parts = _parts(grads, place, per_row)
+        total = sum(part for _, part in parts)
+    return total.astype(grads.dtype), None, None
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _merged(per_row, num_rows, out, lse, rows, place):
+    """Merges the parts `[M, V]`, `[M]` of each row, as `merge_attention` would."""
+    if per_row is None:
+        total_of = functools.partial(jax.ops.segment_sum, num_segments=num_rows)
+        peak = jax.ops.segment_max(lse, rows, num_rows)
+        peak = jnp.where(jnp.isfinite(peak), peak, 0)
+        weights = jnp.exp(lse - jnp.take(peak, rows, mode="clip"))
+        total = total_of(weights, rows)
+        merged = total_of(weights[:, None] * out.astype(lse.dtype), rows)
+    else:
+        each = jnp.take(lse, place, mode="fill", fill_value=-jnp.inf)
+        each = each.reshape(num_rows, per_row)
+        peak = each.max(1)
+        peak = jnp.where(jnp.isfinite(peak), peak, 0)
+        weights = jnp.exp(each - peak[:, None])
+        total = weights.sum(1)
+        parts = _parts(out, place, per_row)
+        merged = sum(weights[:, j, None] * part for j, part in parts)
     empty = total == 0
     total = jnp.where(empty, 1, total)
-    out = total_of(weights[:, None] * out.astype(lse.dtype), rows) / total[:, None]
-    return out.astype(dtype), jnp.where(empty, -jnp.inf, peak + jnp.log(total))
+    merged = (merged / total[:, None]).astype(out.dtype)
+    return merged, jnp.where(empty, -jnp.inf, peak + jnp.log(total))
+
+
+def _merged_forward(per_row, num_rows, out, lse, rows, place):
+    merged, total = _merged(per_row, num_rows, out, lse, rows, place)
+    return (merged, total), (out, lse, rows, merged, total)
+
+
+def _merged_backward(per_row, num_rows, residuals, grads):
+    out, lse, rows, merged, total = residuals
+    d_merged, d_total = grads
+    take = functools.partial(jnp.take, indices=rows, axis=0, mode="clip")
+    is_part = (rows < num_rows) & (lse > -jnp.inf)
+    weights = jnp.where(is_part, jnp.exp(lse - take(total)), 0)
+    change = d_total - jnp.sum(d_merged.astype(lse.dtype) * merged, -1)
+    grad = take(d_merged).astype(lse.dtype)
+    d_lse = weights * (jnp.sum(grad * out, -1) + take(change))
+    return (weights[:, None] * grad).astype(out.dtype), d_lse, None, None
+
+
+_merged.defvjp(_merged_forward, _merged_backward)
+
+
+def _parts(x, place, per_row):
+    """Each row's parts in turn, 0 where it has fewer: (j, float32 `[T, V]`)."""
+    place = place.reshape(-1, per_row)
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    for j in range(per_row):
+        part = jnp.take(x, place[:, j], 0, mode="fill", fill_value=0)
+        yield j, part.astype(dtype)
 
 
 def _fold(x):

@@ -29,6 +29,9 @@ HEAD_SIZES = (32, 64, 96, 128, 256)
 _WIDEST_FUSED = 128
 # And narrower ones for a third warpgroup that computes, or for two query tiles a step.
 _NARROW = 64
+# An H100's multiprocessors, and how short lists are that leave time between tiles.
+_PROCESSORS = 132
+_SHORT = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,17 +162,33 @@ def _attention(call, query, key, value, lists, grad_lists, looked_up):
 def _forward(call, query, key, value, lists, grad_lists, looked_up):
     small = max(query.shape[-1], value.shape[-1]) <= _NARROW
     divides = call.masking.query_block % (3 * ROWS) == 0
+    warpgroups = 3 if small and divides else 2
     kernel = mappable(
         attention_kernel,
         call.masking,
         scale=call.scale,
         key_tile=key_tile(query, value),
         stages=3 if small else 2,
-        warpgroups=3 if small and divides else 2,
+        warpgroups=warpgroups,
+        tiles=_tiles_in_turn(query, value, lists, warpgroups * ROWS),
     )
     out, lse = kernel((query, key, value), (lists, looked_up))
     residuals = query, key, value, grad_lists, looked_up, out, lse
     return (out, jnp.swapaxes(lse, 1, 2) / LOG2E), residuals
+
+
+def _tiles_in_turn(query, value, lists, tile):
+    """Tiles of queries for each block of threads."""
+    batch, length, heads, size = query.shape
+    if max(size, value.shape[-1]) > _WIDEST_FUSED or lists.indices.shape[-1] > _SHORT:
+        return 1
+    tiles = batch * heads * -(-length // tile)
+
+    def cost(count):
+        """Of all tiles, where a block of threads adds half a tile of its own."""
+        return -(-tiles // (count * _PROCESSORS)) * (count + 0.5)
+
+    return min((1, 2, 4, 8), key=cost)
 
 
 def _backward(call, residuals, cotangents):
