@@ -298,9 +298,7 @@ def _largest(order, holds):
     bits, one = jnp.iinfo(order.dtype).bits, jnp.array(1, order.dtype)
 
     def step(i, value):
-        bit = jnp.left_shift(
-            jnp.array(1, order.dtype), (bits - 1 - i).astype(order.dtype)
-        )
+        bit = jnp.left_shift(one, (bits - 1 - i).astype(order.dtype))
         more = value | bit
         return jnp.where(holds(order >= more[..., None]), more, value)
 

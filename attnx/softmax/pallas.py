@@ -31,7 +31,7 @@ _WIDEST_FUSED = 128
 _NARROW = 64
 # An H100's multiprocessors, and how short lists are that leave time between tiles.
 _PROCESSORS = 132
-_SHORT = 16
+_SHORT = 4
 
 
 @dataclasses.dataclass(frozen=True)
