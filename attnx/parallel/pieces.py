@@ -130,10 +130,10 @@ class Rows(Mask):
 
 def of_rows(mask: Mask | BlockMask, batch: ArrayLike, head: ArrayLike):
     """The mask of the rows and heads from these on; `sharded` has cut its arrays."""
-    if isinstance(mask, Offset | BlockMask):
-        return dataclasses.replace(mask, mask=of_rows(mask.mask, batch, head))
 
     def leaf(mask):
+        if isinstance(mask, Offset | BlockMask):
+            return dataclasses.replace(mask, mask=of_rows(mask.mask, batch, head))
         alike = isinstance(mask, _SAME_FOR_ALL + _CUT)
         return mask if alike else Rows(mask, batch, head)
 
