@@ -109,6 +109,9 @@ def _call(fn, layout: Layout, mesh, spec: PartitionSpec, arguments: dict[str, An
             if shape[i] == 1 and name != layout.leading:
                 entries[i] = None  # It serves all.
                 continue
+            if entry in entries[:i]:
+                entries[i] = None  # Of pairs of tokens, the queries are cut.
+                continue
             wanted = f"a multiple of mesh axis {entry!r} ({size}) along axis {i}"
             expect(shape[i] % size == 0, name, wanted, shape[i])
         return PartitionSpec(*entries)
