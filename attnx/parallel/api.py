@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -63,8 +65,7 @@ def sharded(
       >>> out.sharding.spec[:2]
       ('data', 'context')
     """
-    names = ", ".join(f"{f.__module__}.{f.__name__}" for f in LAYOUTS)
-    expect(fn in LAYOUTS, "fn", f"one of {names}", fn)
+    expect(fn in LAYOUTS, "fn", f"one of {', '.join(map(_name, LAYOUTS))}", fn)
     layout, signature = LAYOUTS[fn], inspect.signature(fn)
     if layout.with_axis:
         parameters = dict(signature.parameters)
@@ -82,75 +83,42 @@ def sharded(
             return fn(**arguments, **more)
         return _call(fn, layout, mesh, _spec(leader, mesh, sharding), arguments)
 
-    return call  # ty: ignore[invalid-return-type]
+    return cast(Function, call)
 
 
 def _call(fn, layout: Layout, mesh, spec: PartitionSpec, arguments: dict[str, Any]):
     """Calls `fn` on each device's parts, `spec` being the leading array's."""
-    paths, treedef = tree_flatten_with_path(arguments)
-    is_array = [isinstance(x, jax.Array | np.ndarray) for _, x in paths]
-    letters = [_letters(path, arguments, layout) for path, _ in paths]
-    first = next(
-        i for i, (path, _) in enumerate(paths) if path[0].key == layout.leading
-    )
-    leader = paths[first][1]
-    space = leader.ndim - len(_of_rank(letters[first], 4, 0))
-    space = max(0, space) if "*" in letters[first] else 0
-    cuts = layout.cuts if isinstance(layout.cuts, str) else layout.cuts(arguments)
-    axes = _axes(layout, cuts, _of_rank(letters[first], leader.ndim, space), spec)
-
-    def to_spec(letters: Letters, shape=None, name=""):
-        one = _of_rank(letters, 99 if shape is None else len(shape), space)
-        entries = [axes.get(letter) for letter in one]
-        for i, entry in enumerate(entries):
-            size = _size(mesh, entry)
-            if shape is None or size == 1:
-                continue
-            if shape[i] == 1 and name != layout.leading:
-                entries[i] = None  # It serves all.
-                continue
-            if entry in entries[:i]:
-                entries[i] = None  # Of pairs of tokens, the queries are cut.
-                continue
-            wanted = f"a multiple of mesh axis {entry!r} ({size}) along axis {i}"
-            expect(shape[i] % size == 0, name, wanted, shape[i])
-        return PartitionSpec(*entries)
+    leaves, treedef = tree_flatten_with_path(arguments)
+    letters = [_letters(path, arguments, layout) for path, _ in leaves]
+    # What is no array is known, and stays so.
+    is_array = [isinstance(x, jax.Array | np.ndarray) for _, x in leaves]
+    leads = [path[0].key == layout.leading for path, _ in leaves].index(True)
+    cut = _Cut.of(layout, mesh, spec, arguments, letters[leads], leaves[leads][1])
+    axis_name = cut.axes.get("t", cut.axes.get("s"))
+    if layout.with_axis:
+        wanted = f"{layout.leading}'s tokens cut over a mesh axis, for {_name(fn)}"
+        expect(axis_name is not None, "sharding", wanted, spec)
 
     arrays, specs = [], []
-    for (path, x), its_letters, yes in zip(paths, letters, is_array, strict=True):
-        if yes:
-            name = ".".join(
-                str(getattr(k, "key", getattr(k, "name", ""))) for k in path
-            )
-            wanted = to_spec(its_letters, x.shape, name)
-            arrays.append(_laid_out(x, wanted, mesh, name))
-            specs.append(wanted)
-    rest = [None if yes else x for (_, x), yes in zip(paths, is_array, strict=True)]
-    axis_name = axes.get("t", axes.get("s"))
-    if layout.with_axis:
-        expect(
-            axis_name is not None,
-            "sharding",
-            f"tokens of {layout.leading} that are cut over a mesh axis, for "
-            f"{fn.__module__}.{fn.__name__}",
-            spec,
-        )
+    for i in itertools.compress(range(len(leaves)), is_array):
+        path, x = leaves[i]
+        name = ".".join(str(getattr(k, "key", getattr(k, "name", k))) for k in path)
+        specs.append(cut.checked(letters[i], x, name, leads=i == leads))
+        arrays.append(_laid_out(x, specs[-1], mesh, name))
 
     def local(*arrays):
         remaining = iter(arrays)
-        leaves = [
-            next(remaining) if yes else x for x, yes in zip(rest, is_array, strict=True)
+        parts = [
+            next(remaining) if yes else x
+            for (_, x), yes in zip(leaves, is_array, strict=True)
         ]
-        parts = jax.tree.unflatten(treedef, leaves)
+        parts = jax.tree.unflatten(treedef, parts)
         for name in ("mask", "block_mask"):
-            if (
-                isinstance(parts.get(name), Mask | BlockMask)
-                and {"b", "n"} & axes.keys()
-            ):
-                batch, heads = parts["query"].shape[0], parts["query"].shape[-2]
-                parts[name] = of_rows(
-                    parts[name], _start(axes, "b", batch), _start(axes, "n", heads)
-                )
+            if isinstance(parts.get(name), Mask | BlockMask):
+                shape = parts["query"].shape
+                starts = cut.start("b", shape[0]), cut.start("n", shape[-2])
+                if starts != (0, 0):
+                    parts[name] = of_rows(parts[name], *starts)
         if layout.with_axis:
             parts["axis_name"] = axis_name
         return fn(**parts)
@@ -158,16 +126,78 @@ def _call(fn, layout: Layout, mesh, spec: PartitionSpec, arguments: dict[str, An
     returns = layout.returns
     if arguments.get("return_residual") or arguments.get("return_state"):
         returns = returns, layout.residual
-    context = jax.sharding.get_abstract_mesh()
-    manual = [n for n, k in _kinds(mesh).items() if k == AxisType.Manual]
+    free = {name for name, kind in _kinds(mesh).items() if kind != AxisType.Manual}
     return jax.shard_map(
         local,
-        mesh=mesh if context.empty else None,
+        mesh=mesh if jax.sharding.get_abstract_mesh().empty else None,
         in_specs=tuple(specs),
-        out_specs=jax.tree.map(to_spec, returns),
-        axis_names=set(mesh.axis_names) - set(manual),
+        out_specs=jax.tree.map(cut.spec, returns),
+        axis_names=free,
         check_vma=False,
     )(*arrays)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cut:
+    """How the arrays of a call are cut.
+
+    Attributes:
+      mesh: of the devices.
+      axes: the mesh axis, or axes, of each letter that is cut.
+      space: axes that `*` stands for.
+    """
+
+    mesh: Any
+    axes: Mapping[str, Any]
+    space: int
+
+    @classmethod
+    def of(cls, layout, mesh, spec, arguments, letters, leader):
+        """As the leading array is; refuses axes that may not be cut."""
+        cuts = layout.cuts if isinstance(layout.cuts, str) else layout.cuts(arguments)
+        has_space = "*" in letters
+        space = leader.ndim - len(letters) + 1 if has_space else 0
+        axes = {}
+        for letter, entry in zip(
+            _of_rank(letters, leader.ndim, space), spec, strict=False
+        ):
+            if _names(entry):
+                names = {"b": "batch", "n": "heads", "t": "tokens", "s": "tokens"}
+                may = " and ".join(sorted({names[letter] for letter in cuts}))
+                wanted = f"a sharding of {may} alone (attnx.parallel may cut tokens)"
+                expect(letter in cuts, layout.leading, wanted, spec)
+                axes[letter] = entry
+        if "t" in axes and "s" in cuts:
+            axes["s"] = axes["t"]
+        return cls(mesh, axes, space)
+
+    def spec(self, letters: Letters, rank: int = 99) -> PartitionSpec:
+        """Of an array with these axes; of pairs of tokens the queries are cut."""
+        entries = [self.axes.get(x) for x in _of_rank(letters, rank, self.space)]
+        first = [entry not in entries[:i] for i, entry in enumerate(entries)]
+        return PartitionSpec(
+            *(
+                entry if once else None
+                for entry, once in zip(entries, first, strict=True)
+            )
+        )
+
+    def checked(self, letters: Letters, x, name: str, *, leads: bool) -> PartitionSpec:
+        """The same for an array, whose axes of size 1 serve all unless it leads."""
+        entries = list(self.spec(letters, x.ndim))
+        for i, entry in enumerate(entries):
+            if x.shape[i] == 1 and not leads:
+                entries[i] = None
+            elif entry is not None:
+                size = _size(self.mesh, entry)
+                wanted = f"a multiple of mesh axis {entry!r} ({size}) along axis {i}"
+                expect(x.shape[i] % size == 0, name, wanted, x.shape[i])
+        return PartitionSpec(*entries)
+
+    def start(self, letter: str, size: int):
+        """The first row of this device's, each having so many."""
+        axis = self.axes.get(letter)
+        return 0 if axis is None else jax.lax.axis_index(axis) * size
 
 
 def _mesh(leader, sharding):
@@ -201,27 +231,6 @@ def _spec(leader, mesh, sharding) -> PartitionSpec:
     wanted = f"at most {leader.ndim} entries"
     expect(len(spec) <= leader.ndim, "sharding", wanted, spec)
     return spec
-
-
-def _axes(layout, cuts, letters: str, spec) -> dict[str, Any]:
-    """The mesh axis, or axes, of each letter that is cut."""
-    axes = {}
-    for letter, entry in zip(letters, spec, strict=False):
-        if not _names(entry):
-            continue
-        names = {"b": "batch", "n": "heads", "t": "tokens", "s": "tokens"}
-        may = sorted({names[letter] for letter in cuts})
-        expect(
-            letter in cuts,
-            layout.leading,
-            f"a sharding of {' and '.join(may)} alone (functions of attnx.parallel "
-            "take tokens that are cut)",
-            spec,
-        )
-        axes[letter] = entry
-    if "t" in axes and "s" in cuts:
-        axes["s"] = axes["t"]
-    return axes
 
 
 def _laid_out(x, wanted: PartitionSpec, mesh, name: str):
@@ -263,6 +272,10 @@ def _of_rank(letters: Letters, rank: int, space: int) -> str:
     return letters[max(0, len(letters) - rank) :]
 
 
+def _name(fn) -> str:
+    return f"{fn.__module__}.{fn.__name__}"
+
+
 def _names(entry) -> tuple[str, ...]:
     if entry is None:
         return ()
@@ -275,8 +288,3 @@ def _size(mesh, entry) -> int:
 
 def _kinds(mesh) -> dict[str, AxisType]:
     return dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-
-
-def _start(axes, letter, size):
-    """The first row of this device's."""
-    return jax.lax.axis_index(axes[letter]) * size if letter in axes else 0

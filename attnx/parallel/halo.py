@@ -101,13 +101,11 @@ def neighborhood_attention(
         return_residual=True,
     )
     out, lse = attend(flat(query), flat(key), flat(value), mask=inside & neighborhood)
-    expect(
-        (extra_key is None) == (extra_value is None),
-        "extra_key",
-        "both extra_key and extra_value",
-        "one of them",
-    )
-    if extra_key is not None:
+    extra = {"extra_key": extra_key, "extra_value": extra_value}
+    both = "extra_key and extra_value, or neither"
+    given = [name for name, x in extra.items() if x is not None]
+    expect(len(given) != 1, "extra_key", both, given)
+    if extra_key is not None and extra_value is not None:
         more = attend(flat(query), extra_key, extra_value)
         out, lse = merge_attention(*zip((out, lse), more, strict=True))
     out, lse = (x.reshape(*query.shape[:-1], *x.shape[3:]) for x in (out, lse))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import attnx.cache as cache
 import attnx.linear as linear
@@ -139,7 +139,7 @@ LAYOUTS: Mapping[Callable, Layout] = {
     decode.decode_attention: _in_pieces(_PLAIN, cuts="bsn", leading="key"),
     decode.dist_attention: _in_pieces(_PLAIN, cuts="bsn", leading="cache"),
     decode.append: _in_pieces(
-        Layout(cache.KVCache("bsn.", "bsn.", "b"), leading="cache"),
+        Layout(cast(Any, cache.KVCache)("bsn.", "bsn.", "b"), leading="cache"),
         cuts="bsn",
         arguments={"key": "b.n.", "value": "b.n."},
     ),

@@ -145,8 +145,7 @@ def of_heads(mask: Mask, head: ArrayLike, gather: Callable) -> Mask:
 
     def leaf(mask):
         if isinstance(mask, Segments):
-            ids = (mask.query_ids, mask.key_value_ids)
-            return Segments(*(None if x is None else gather(x) for x in ids))
+            return jax.tree.map(gather, mask)
         check_splits(mask)
         alike = isinstance(mask, _SAME_FOR_ALL)
         return mask if alike else Rows(mask, 0, head)
