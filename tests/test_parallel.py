@@ -332,7 +332,7 @@ BAD = {
     ),
     "whole tokens": (
         lambda: attend(P("data"), fn=parallel.ring_attention),
-        "sharding: expected tokens of query that are cut over a mesh axis",
+        "sharding: expected query's tokens cut over a mesh axis",
     ),
 }
 

@@ -117,8 +117,7 @@ def _call(fn, layout: Layout, mesh, spec: PartitionSpec, arguments: dict[str, An
             if isinstance(parts.get(name), Mask | BlockMask):
                 shape = parts["query"].shape
                 starts = cut.start("b", shape[0]), cut.start("n", shape[-2])
-                if starts != (0, 0):
-                    parts[name] = of_rows(parts[name], *starts)
+                parts[name] = of_rows(parts[name], *starts)
         if layout.with_axis:
             parts["axis_name"] = axis_name
         return fn(**parts)
@@ -158,9 +157,8 @@ class _Cut:
         has_space = "*" in letters
         space = leader.ndim - len(letters) + 1 if has_space else 0
         axes = {}
-        for letter, entry in zip(
-            _of_rank(letters, leader.ndim, space), spec, strict=False
-        ):
+        letters = _of_rank(letters, leader.ndim, space)
+        for letter, entry in zip(letters, spec, strict=False):
             if _names(entry):
                 names = {"b": "batch", "n": "heads", "t": "tokens", "s": "tokens"}
                 may = " and ".join(sorted({names[letter] for letter in cuts}))
@@ -174,13 +172,8 @@ class _Cut:
     def spec(self, letters: Letters, rank: int = 99) -> PartitionSpec:
         """Of an array with these axes; of pairs of tokens the queries are cut."""
         entries = [self.axes.get(x) for x in _of_rank(letters, rank, self.space)]
-        first = [entry not in entries[:i] for i, entry in enumerate(entries)]
-        return PartitionSpec(
-            *(
-                entry if once else None
-                for entry, once in zip(entries, first, strict=True)
-            )
-        )
+        once = [x if x not in entries[:i] else None for i, x in enumerate(entries)]
+        return PartitionSpec(*once)
 
     def checked(self, letters: Letters, x, name: str, *, leads: bool) -> PartitionSpec:
         """The same for an array, whose axes of size 1 serve all unless it leads."""

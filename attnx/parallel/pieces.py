@@ -130,6 +130,8 @@ class Rows(Mask):
 
 def of_rows(mask: Mask | BlockMask, batch: ArrayLike, head: ArrayLike):
     """The mask of the rows and heads from these on; `sharded` has cut its arrays."""
+    if isinstance(batch, int) and isinstance(head, int) and batch == head == 0:
+        return mask
 
     def leaf(mask):
         if isinstance(mask, Offset | BlockMask):
