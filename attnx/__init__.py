@@ -3,6 +3,7 @@
 from attnx import cache as cache
 from attnx import masks as masks
 from attnx import neighborhood as neighborhood
+from attnx import parallel as parallel
 from attnx import select as select
 from attnx._dispatch import explain as explain
 from attnx.cache import KVCache as KVCache

@@ -114,6 +114,7 @@ def dispatch(
         f"None or one of {', '.join(map(repr, IMPLEMENTATIONS))}",
         repr(implementation),
     )
+    operands = _varying_alike(operands)
     reasons = {
         name: unsupported(name, *operands)
         if name in candidates
@@ -150,6 +151,19 @@ def _recording() -> Generator[list[Decision]]:
         yield decisions
     finally:
         _record.reset(token)
+
+
+def _varying_alike(operands):
+    """Operands that vary over the same axes of a `jax.shard_map`, as loops want."""
+    leaves, treedef = jax.tree.flatten(operands)
+    varying = [jax.typeof(x).manual_axis_type.varying for x in leaves]
+    everywhere = frozenset().union(*varying)
+    missing = [tuple(everywhere - axes) for axes in varying]
+    leaves = [
+        jax.lax.pcast(x, axes, to="varying") if axes else x
+        for x, axes in zip(leaves, missing, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, leaves)
 
 
 def _note(decision: Decision) -> None:

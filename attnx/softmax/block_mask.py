@@ -118,6 +118,9 @@ class BlockMask:
             indices, counts, partial_counts = compact(tiles)
             if not is_traced(counts):
                 indices = indices[..., : max(1, int(counts.max()))]
+                indices, counts, partial_counts = jax.device_get(
+                    (indices, counts, partial_counts)
+                )
         return cls(
             indices,
             counts,
@@ -195,6 +198,7 @@ def transpose(lists: BlockMask) -> tuple[jax.Array, jax.Array, jax.Array]:
         indices, counts, partial_counts = compact(jnp.swapaxes(tiles, -1, -2))
         if not is_traced(counts):
             indices = indices[..., : max(1, int(counts.max()))]
+            return jax.device_get((indices, counts, partial_counts))
     return indices, counts, partial_counts
 
 
@@ -241,8 +245,13 @@ def _grid(query_len, key_len, block_size):
     return -(-query_len // block_size[0]), -(-key_len // block_size[1])
 
 
+@contextlib.contextmanager
 def _eager_if_known(tree):
     """Computes at trace time what depends on nothing traced, so lists can be short."""
-    return (
-        contextlib.nullcontext() if is_traced(tree) else jax.ensure_compile_time_eval()
-    )
+    if is_traced(tree):
+        yield
+        return
+    # What is computed at once is no part of a program that a mesh runs.
+    no_mesh = jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+    with jax.ensure_compile_time_eval(), no_mesh:
+        yield

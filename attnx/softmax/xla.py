@@ -58,12 +58,10 @@ def _forward(query, key, value, bias, block_mask, scale):
             out = out * decay + _dot("bkgts,bskv->bkgtv", weights, values, cut.dtype)
             return new_peak, total, out
 
-        rows = q_block.shape[:-1]
-        start = (
-            jnp.full((*rows, 1), -jnp.inf, cut.dtype),
-            jnp.zeros((*rows, 1), cut.dtype),
-            jnp.zeros((*rows, v.shape[-1]), cut.dtype),
-        )
+        # Made from the query, so as to be laid out over devices as it is.
+        zero = jnp.zeros_like(q_block[..., :1], cut.dtype)
+        out = jnp.broadcast_to(zero, (*zero.shape[:-1], v.shape[-1]))
+        start = (jnp.full_like(zero, -jnp.inf), zero, out)
         peak, total, out = lax.fori_loop(0, cut.steps(item), step, start)
         empty = total == 0
         total = jnp.where(empty, 1, total)
@@ -108,11 +106,11 @@ def _backward(scale, residuals, cotangents):
             d_value = cut.add_keys(d_value, item, strip, d_values)
             return d_query, d_key, d_value, d_bias
 
-        start = (jnp.zeros(q_block.shape, cut.dtype), *carry)
+        start = (jnp.zeros_like(q_block, cut.dtype), *carry)
         d_query, *carry = lax.fori_loop(0, cut.steps(item), step, start)
         return tuple(carry), d_query.astype(query.dtype)
 
-    zeros = (None if x is None else jnp.zeros(x.shape, cut.dtype) for x in (k, v, b))
+    zeros = (None if x is None else jnp.zeros_like(x, cut.dtype) for x in (k, v, b))
     carry, d_query = lax.scan(query_block, tuple(zeros), cut.items())
     d_key, d_value, d_bias = carry
     return (
