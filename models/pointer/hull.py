@@ -21,8 +21,8 @@ def label(points: jax.Array, valid: jax.Array) -> jax.Array:
 
     A pair of points is an edge if no other point is to the right of it. That takes
     n^3 tests, which one kernel does at once, where a walk around the hull would wait
-    for each of its steps. In float32 about one hull in 50,000 of 50 uniform points has
-    three points too close to a line to tell; `solve` is for measuring.
+    for each of its steps. In float32 a few hulls in 100,000 have three points too close
+    to a line to tell; `solve` is for measuring.
 
     Args:
       points: `[n, 2]`.
