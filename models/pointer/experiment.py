@@ -62,8 +62,8 @@ class PointerExperiment:
             )
 
     def task(self) -> Task[PointerNetwork]:
-        held_out = 2**32 - 1  # no step gets as far
-        validation = self._draw(held_out, _VALIDATION_SIZE)
+        held_out = np.uint32(2**32 - 1)  # no step gets as far
+        validation = jax.jit(self._draw, static_argnums=1)(held_out, _VALIDATION_SIZE)
         validate = jax.jit(self._loss)
         return Task(
             model=functools.partial(_build, self.model),
