@@ -161,17 +161,23 @@ def test_tours_visit_every_city_once(model, points):
     assert len(np.unique(found.symbols[2], axis=0)) == 6
 
 
-@functools.cache
-def trained(name, tmp_path_factory):
-    """An experiment, its task and the model that nothing stopped the training of."""
-    experiment = dataclasses.replace(KINDS[name], folder=tmp_path_factory.mktemp(name))
-    task = experiment.task()
-    return experiment, task, train(task, experiment.training, experiment.folder)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Gives an experiment by name, its task and the model that it trained, once."""
+
+    @functools.cache
+    def run(name):
+        folder = tmp_path_factory.mktemp(name)
+        experiment = dataclasses.replace(KINDS[name], folder=folder)
+        task = experiment.task()
+        return experiment, task, train(task, experiment.training, folder)
+
+    return run
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_presets_train(name, tmp_path_factory):
-    experiment, _, _ = trained(name, tmp_path_factory)
+def test_presets_train(name, trained):
+    experiment, _, _ = trained(name)
     lines = read_metrics(experiment.folder)
     assert len(lines) == 30
     held_out = [line["validation"] for line in lines if "validation" in line]
@@ -179,8 +185,8 @@ def test_presets_train(name, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["hull", "delaunay", "tsp"])
-def test_trained_networks_are_measured_and_drawn(name, tmp_path_factory):
-    experiment, _, model = trained(name, tmp_path_factory)
+def test_trained_networks_are_measured_and_drawn(name, trained):
+    experiment, _, model = trained(name)
     measures = experiment.evaluate(model)
     assert 0 <= measures["invalid outputs, 5 points"] <= 1
     [(first, *_), *rest] = experiment.answer(model, held_out_points(3, 5))
@@ -189,8 +195,8 @@ def test_trained_networks_are_measured_and_drawn(name, tmp_path_factory):
     assert draw_answers(experiment, model).read_bytes().startswith(b"\x89PNG")
 
 
-def test_interrupted_run_resumes_bit_for_bit(tmp_path, tmp_path_factory):
-    experiment, task, whole = trained("tsp", tmp_path_factory)
+def test_interrupted_run_resumes_bit_for_bit(tmp_path, trained):
+    experiment, task, whole = trained("tsp")
 
     def interrupt(step):
         if step == 11:
