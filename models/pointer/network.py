@@ -71,7 +71,7 @@ class PointerNetwork(nnx.Module):
       >>> model = PointerNetwork(PointerConfig(d_model=8), rngs=nnx.Rngs(0))
       >>> points, lengths = jnp.ones((2, 5, 2)), jnp.array([5, 3])
       >>> symbols = jnp.array([[2, 1, 5, 0], [3, 1, 0, 0]])
-      >>> model(points, lengths, symbols).shape
+      >>> jax.eval_shape(model, points, lengths, symbols).shape
       (2, 4, 6)
     """
 

@@ -39,6 +39,9 @@ PRESETS = {
     "hull-attention": _preset("hull-attention", 25_000, "attention", **_sizes(50)),
     "delaunay": _preset("delaunay", 30_000, problem="delaunay", **_sizes(10)),
     "delaunay-5": _preset("delaunay-5", 40_000, problem="delaunay", **_sizes(5)),
+    "delaunay-attention": _preset(
+        "delaunay-attention", 25_000, "attention", problem="delaunay", **_sizes(10)
+    ),
     "tsp": _preset("tsp", 60_000, **_BEAM, **_sizes(10)),
     "tsp-20": _preset("tsp-20", 30_000, **_BEAM, **_sizes(20)),
     "tsp-attention": _preset(
