@@ -16,20 +16,24 @@ import tyro
 from models import anchors, data, runs, text
 from models import demo as demonstration
 from models.plot import plot
+from models.pointer import presets as pointer_presets
+from models.pointer.picture import draw_answers
 from models.presets import PRESETS
 from models.train import load, train
 
 LANGUAGE_MODELS = {"lm": text.TextExperiment(), **PRESETS}
-EXPERIMENTS: dict[str, Any] = {**LANGUAGE_MODELS}
+POINTER_NETWORKS = pointer_presets.PRESETS
+EXPERIMENTS: dict[str, Any] = {**LANGUAGE_MODELS, **POINTER_NETWORKS}
 if TYPE_CHECKING:
     Experiment = Any
-    Name = LanguageModel = str
+    Name = LanguageModel = PointerName = str
 else:
     Experiment = Annotated[
         tyro.extras.subcommand_type_from_defaults(EXPERIMENTS), tyro.conf.arg(name="")
     ]
     Name = tyro.conf.Positional[Literal[tuple(EXPERIMENTS)]]
     LanguageModel = tyro.conf.Positional[Literal[tuple(LANGUAGE_MODELS)]]
+    PointerName = tyro.conf.Positional[Literal[tuple(POINTER_NETWORKS)]]
 
 
 def main() -> None:
@@ -39,6 +43,7 @@ def main() -> None:
         "eval": evaluate,
         "generate": generate,
         "plot": draw,
+        "answers": answers,
         "anchors": measure_anchors,
         "demo": demo,
     }
@@ -123,6 +128,16 @@ def draw(name: Name, folder: pathlib.Path | None = None) -> None:
     experiment = runs.read(folder or default.folder, default)
     task = experiment.task()
     print(plot(experiment.folder, task.marks, task.unit))
+
+
+def answers(name: PointerName, folder: pathlib.Path | None = None) -> None:
+    """Draw what a trained pointer network answers, over what is right.
+
+    Args:
+      name: which experiment.
+      folder: of the run, where it is not the experiment's own.
+    """
+    print(draw_answers(*_trained(name, folder)))
 
 
 def measure_anchors() -> None:

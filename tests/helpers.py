@@ -1,9 +1,10 @@
-"""Comparison of outputs and every gradient with float64."""
+"""Comparison of outputs and every gradient with float64; models with noise."""
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 # Relative root mean square: rounding of the inputs' dtype, not of a sloppy sum.
 OUTPUT_ERROR = {"float32": 2e-6, "bfloat16": 4e-3, "float16": 1e-3}
@@ -17,6 +18,18 @@ def normal(seed, *shapes, dtype=jnp.float32):
         jnp.asarray(random.standard_normal(shape, np.float32)).astype(dtype)
         for shape in shapes
     )
+
+
+def shaken(model, scale=0.1):
+    """The same with noise on its parameters, since output layers start from 0."""
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    moved = [
+        x + scale * jax.random.normal(k, x.shape)
+        for k, x in zip(keys, leaves, strict=True)
+    ]
+    return nnx.merge(graph, jax.tree.unflatten(tree, moved), rest)
 
 
 def relative_rms(got, want):

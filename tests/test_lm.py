@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from helpers import shaken
 
 from models.lm import LM, LMConfig
 from models.token_mixers import TOKEN_MIXERS
@@ -23,18 +24,6 @@ TINY = LMConfig(
     top_k=2,
     shared_heads=2,
 )
-
-
-def shaken(model: nnx.Module, scale: float = 0.1) -> nnx.Module:
-    """The same with noise on its parameters, since output layers start from 0."""
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    moved = [
-        x + scale * jax.random.normal(k, x.shape)
-        for k, x in zip(keys, leaves, strict=True)
-    ]
-    return nnx.merge(graph, jax.tree.unflatten(tree, moved), rest)
 
 
 @pytest.fixture(scope="module", params=TOKEN_MIXERS)
