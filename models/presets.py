@@ -53,8 +53,9 @@ PRESETS = {
     # One layer of softmax to two of linear attention, or of a window.
     "hybrid": _preset("hybrid", "lightning", "lightning", "softmax", **_GATED),
     "hybrid-window": _preset("hybrid-window", "window", "window", "softmax"),
-    # Mixture-of-Head: nine of twelve heads active.
+    # Mixture-of-Head (arXiv:2410.11842): nine of twelve heads active, beside all.
     "moh": _preset("moh", "moh", **_HEADS),
+    "moh-dense": _preset("moh-dense", "softmax", num_heads=12),
     # A trained transformer that goes on with four of six heads active.
     "moh-continued": dataclasses.replace(
         _preset("moh-continued", "moh_query", shared_heads=2, active_heads=4),
