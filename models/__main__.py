@@ -171,8 +171,13 @@ def measure_speed(
         for context, time in generation.measure(config, contexts, batch_size):
             print(f"{time:8.3f} ms a step after {context} tokens: {name}", flush=True)
             times[str(context)] = round(time, 4)
-        result = {"experiment": name, "command": runs.command(), **provenance(commit)}
-        result |= {"batch_size": batch_size, "milliseconds": times}
+        result = {
+            "experiment": name,
+            "command": runs.command(),
+            **provenance(commit),
+            "batch_size": batch_size,
+            "milliseconds": times,
+        }
         results.keep(f"speed-{name}", result)
 
 

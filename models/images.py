@@ -49,11 +49,13 @@ def batch(
 
 
 def move(
-    images: jax.Array, *, max_shift: float, max_rotation: float, key: jax.Array
+    images: jax.Array, *, max_shift: int, max_rotation: float, key: jax.Array
 ) -> jax.Array:
-    """Shifts and rotates each image by its own random amounts.
+    """Rotates and shifts each image by its own random amounts.
 
-    Between pixels it interpolates linearly; beyond the edge it repeats them.
+    Shifts are whole pixels, since others would blur every image that a model trains on
+    and none that it is tested on. Rotations interpolate linearly. What comes from
+    beyond the edge is background: the least value of all images.
 
     Args:
       images: `[B, rows, columns]`.
@@ -72,18 +74,19 @@ def move(
     """
     count, *size = images.shape
     shift_key, angle_key = jax.random.split(key)
-    shifts = jax.random.uniform(shift_key, (count, 2, 1, 1), minval=-1, maxval=1)
-    angles = jax.random.uniform(angle_key, (count, 1, 1), minval=-1, maxval=1)
-    angles = jnp.deg2rad(max_rotation) * angles
+    shifts = jax.random.randint(shift_key, (count, 2, 1, 1), -max_shift, max_shift + 1)
+    limit = jnp.deg2rad(max_rotation)
+    angles = jax.random.uniform(angle_key, (count, 1, 1), minval=-limit, maxval=limit)
     middle = (jnp.array(size) - 1)[:, None, None] / 2
     row, column = jnp.indices(size) - middle
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     turned = jnp.stack([cos * row - sin * column, sin * row + cos * column], 1)
-    sources = turned + middle + max_shift * shifts
-    interpolate = functools.partial(
-        jax.scipy.ndimage.map_coordinates, order=1, mode="nearest"
+    background = images.min()
+    interpolate = lambda image, source: jax.scipy.ndimage.map_coordinates(
+        image, list(source), order=1
     )
-    return jax.vmap(interpolate)(images, sources)
+    moved = jax.vmap(interpolate)(images - background, turned + middle + shifts)
+    return moved + background
 
 
 def _split(images: np.ndarray, labels: np.ndarray) -> Split:

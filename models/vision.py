@@ -39,7 +39,7 @@ class VisionExperiment:
     model: ViTConfig
     training: TrainConfig
     batch_size: int = 64
-    max_shift: float = 1.0
+    max_shift: int = 1
     max_rotation: float = 10.0
 
     def task(self) -> Task[ViT]:
@@ -98,7 +98,7 @@ def _experiment(
 _DIGITS = {
     "training": TrainConfig(
         steps=2000,
-        learning_rate=1e-3,
+        learning_rate=2e-3,
         warmup_steps=100,
         validate_every=100,
         save_every=500,
@@ -116,13 +116,13 @@ _MNIST = {
         steps_per_call=30,
     ),
     "batch_size": 128,
-    "max_shift": 2.0,
+    "max_shift": 2,
     "max_rotation": 15.0,
 }
 EXPERIMENTS = {
     experiment.folder.name: experiment
     for experiment in (
-        _experiment("digits-vit", "digits", vit("nano/1", (8, 8)), **_DIGITS),
+        _experiment("digits-vit", "digits", vit("nano/2", (8, 8)), **_DIGITS),
         _experiment(
             "digits-nat", "digits", nat("nano/1", (8, 8), kernel_size=3), **_DIGITS
         ),
