@@ -150,8 +150,10 @@ class ViT(nnx.Module):
         self.embed = nnx.Conv(
             1, config.d_model, size, strides=size, padding="VALID", rngs=rngs
         )
+        # As large as the patches are: were they small at first, attention would take
+        # long to tell one place from another.
         noise = jax.random.normal(rngs.params(), (*config.grid, config.d_model))
-        self.position = nnx.Param(config.d_model**-0.5 * noise)
+        self.position = nnx.Param(noise)
         self.blocks = nnx.List(
             [Block(config, layer, dtype, rngs) for layer in range(config.num_layers)]
         )
