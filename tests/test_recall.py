@@ -111,7 +111,7 @@ def test_training_and_tests_draw_apart():
 def test_experiments_differ_in_their_mixers_alone():
     softmax, *others = recall.EXPERIMENTS.values()
     for other in others:
-        sizes = {"pattern": None, "num_layers": None}
+        sizes = {"pattern": ("softmax",), "num_layers": 1}
         assert dataclasses.replace(other.model, **sizes) == dataclasses.replace(
             softmax.model, **sizes
         )

@@ -1,6 +1,7 @@
 """Vision transformers and the digits that they learn."""
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -46,7 +47,7 @@ def test_parameters_of_s16_are_those_of_the_paper():
 
 def test_neighborhoods_as_large_as_the_grid_are_global():
     """With the same parameters, a window that holds every patch sees all of them."""
-    sizes = {"d_model": 16, "num_layers": 2, "mlp_dim": 16, "num_heads": 2}
+    sizes = {"d_model": 16, "num_layers": 1, "mlp_dim": 16, "num_heads": 2}
     config = ViTConfig((6, 6), 2, **sizes)
     local = dataclasses.replace(config, kernel_size=3)
     pictures = jax.random.normal(jax.random.key(0), (2, 6, 6))
@@ -87,9 +88,16 @@ def test_mnist_is_there():
     assert (np.bincount(data.test[1]) == 100).all()
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def moved_by(pictures, pixels, degrees):
+    return images.move(
+        pictures, max_shift=pixels, max_rotation=degrees, key=jax.random.key(0)
+    )
+
+
 def test_shifts_are_whole_pixels_and_bring_in_background():
     picture = jnp.zeros((64, 5, 5)).at[:, 2, 2].set(1.0).at[:, 0, 0].set(-1.0)
-    moved = images.move(picture, max_shift=2, max_rotation=0, key=jax.random.key(0))
+    moved = moved_by(picture, 2, 0)
     assert set(np.unique(moved)) == {-1.0, 0.0, 1.0}
     where = jnp.argwhere(moved == 1, size=64)
     assert (where[:, 0] == jnp.arange(64)).all()  # It stays within, on every image.
@@ -100,7 +108,7 @@ def test_shifts_are_whole_pixels_and_bring_in_background():
 
 def test_rotations_turn_about_the_middle():
     ramp = jnp.broadcast_to(jnp.arange(5.0)[:, None] - 2, (32, 5, 5))
-    turned = images.move(ramp, max_shift=0, max_rotation=30, key=jax.random.key(0))
+    turned = moved_by(ramp, 0, 30)
     inner = turned[:, 1:4, 1:4]
     chex.assert_trees_all_close(inner[:, 1, 1], jnp.zeros(32), atol=1e-6)
     down, right = inner[:, 2, 1], inner[:, 1, 2]
@@ -113,14 +121,14 @@ def test_rotations_turn_about_the_middle():
 
 def test_training_learns_digits(tmp_path):
     experiment = dataclasses.replace(
-        vision.EXPERIMENTS["digits-nat"],
-        model=nat("mu/2", (8, 8), kernel_size=3, dilations=(1,)),
+        vision.EXPERIMENTS["digits-vit"],
+        model=vit("mu/2", (8, 8)),
         training=TrainConfig(
-            steps=60,
+            steps=90,
             learning_rate=1e-2,
             warmup_steps=10,
-            save_every=60,
-            validate_every=30,
+            save_every=90,
+            validate_every=90,
             steps_per_call=30,
         ),
         batch_size=32,
