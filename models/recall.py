@@ -36,7 +36,7 @@ class RecallExperiment:
     folder: pathlib.Path
     model: LMConfig
     training: TrainConfig
-    batch_size: int = 64
+    batch_size: int = 128
     length: int = 256
     pairs: tuple[int, ...] = (4, 8, 16, 32, 64)
     test_size: int = 1024
@@ -169,7 +169,7 @@ def _score(model, tokens, labels):
 
 
 def _experiment(name: str, *pattern: str) -> RecallExperiment:
-    """Two layers of a convolution and other mixers, without channel mixers."""
+    """For an H100: two layers of a convolution and mixers, without channel mixers."""
     model = LMConfig(
         pattern=("convolution", *pattern),
         vocab_size=8192,
@@ -177,6 +177,7 @@ def _experiment(name: str, *pattern: str) -> RecallExperiment:
         d_model=64,
         num_heads=1,
         mlp_dim=0,
+        dtype="bfloat16",
         window=16,
     )
     training = TrainConfig(

@@ -105,7 +105,7 @@ _DIGITS = {
         steps_per_call=10,
     ),
 }
-# A minute on a GPU.
+# A minute on an H100.
 _MNIST = {
     "training": TrainConfig(
         steps=6000,
@@ -126,9 +126,17 @@ EXPERIMENTS = {
         _experiment(
             "digits-nat", "digits", nat("nano/1", (8, 8), kernel_size=3), **_DIGITS
         ),
-        _experiment("mnist-vit", "mnist", vit("nano/4", (28, 28)), **_MNIST),
         _experiment(
-            "mnist-nat", "mnist", nat("nano/2", (28, 28), kernel_size=7), **_MNIST
+            "mnist-vit",
+            "mnist",
+            vit("nano/4", (28, 28), dtype="bfloat16"),
+            **_MNIST,
+        ),
+        _experiment(
+            "mnist-nat",
+            "mnist",
+            nat("nano/2", (28, 28), kernel_size=7, dtype="bfloat16"),
+            **_MNIST,
         ),
     )
 }

@@ -141,4 +141,4 @@ def test_training_learns_digits(tmp_path):
     measures = experiment.evaluate(model)
     last = read_metrics(tmp_path)[-1]
     assert last["validation"] == pytest.approx(measures["cross-entropy"])
-    assert measures["accuracy"] > 0.5
+    assert measures["accuracy"] > 0.3  # Chance would have 0.1.
