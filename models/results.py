@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pathlib
+import textwrap
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -167,7 +168,7 @@ def page() -> str:
     found = read("*-seed*.json")
     lines = [HEAD]
     for section in SECTIONS:
-        lines += [f"## {section.title}", "", section.words, ""]
+        lines += [f"## {section.title}", "", textwrap.fill(section.words, 88), ""]
         lines += [_row(*COLUMNS), _row(*["---"] * len(COLUMNS))]
         for name, target in section.targets.items():
             results = [each for each in found if each["experiment"] == name]
