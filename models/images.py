@@ -25,7 +25,7 @@ class Split(NamedTuple):
 @functools.cache
 def digits() -> Split:
     """Reads the 1797 digits of 8x8 pixels that scikit-learn carries."""
-    from sklearn.datasets import load_digits
+    from sklearn.datasets import load_digits  # Which takes a second: no other needs it.
 
     images, labels = load_digits(return_X_y=True)
     return _split(images.reshape(-1, 8, 8), labels)

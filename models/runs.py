@@ -1,5 +1,8 @@
-"""What a run's folder says about it: its settings, so that they cannot be mixed up, and
-by which command it was begun, where and with what."""
+"""What a run's folder says about it: its settings, and how it was begun.
+
+The settings are there so that runs cannot be mixed up; the command, the machine and the
+versions, so that a result can say where it comes from.
+"""
 
 from __future__ import annotations
 
