@@ -97,16 +97,14 @@ def sequences(
 
     Each begins with pairs of key and value, all different. Then each key comes once
     more, at an even distance from them; distances follow the power law of Zoology, few
-    of them long. What is between are random values, which stand for nothing. Zoology
-    draws these from all tokens, so that some are keys again: here the answer is always
-    certain.
+    of them long. What is between are zeros, as in Zoology's figure 2.
 
     Args:
       key: of the random numbers.
       count: B.
       length: T.
       pairs: how many of them: for each sequence one of these numbers.
-      vocab_size: V; keys are the tokens below V / 2, and values the others.
+      vocab_size: V; keys are the tokens from 1 to V / 2 - 1, and values the others.
 
     Returns:
       Tokens int32 `[B, T]`, and labels int32 `[B, T]`: where a key comes once more, the
@@ -120,8 +118,8 @@ def sequences(
       >>> tokens.shape, (labels >= 10).sum(1).tolist()
       ((3, 16), [2, 2, 4])
     """
-    fit = max(pairs) <= min(length // 4, vocab_size // 2)
-    wanted = f"at most {length // 4} and {vocab_size // 2}"
+    fit = max(pairs) <= min(length // 4, vocab_size // 2 - 1)
+    wanted = f"at most {length // 4} and {vocab_size // 2 - 1}"
     expect(fit, "pairs", wanted, pairs)
     draw = functools.partial(
         _sequence, length=length, pairs=pairs, vocab_size=vocab_size
@@ -130,15 +128,15 @@ def sequences(
 
 
 def _sequence(key, *, length, pairs, vocab_size):
-    count_key, pair_key, gap_key, filler_key = jax.random.split(key, 4)
+    count_key, pair_key, gap_key = jax.random.split(key, 3)
     most, half = max(pairs), vocab_size // 2
     count = jax.random.choice(count_key, jnp.array(pairs))
     index = jnp.arange(most)
 
     # The largest of random numbers are a draw without replacement.
-    scores = jax.random.uniform(pair_key, (2, half))
+    scores = jax.random.uniform(pair_key, (2, half - 1))
     names, values = jax.lax.top_k(scores, most)[1].astype(jnp.int32)
-    values = values + half
+    names, values = names + 1, values + half
 
     # As are the largest of log-probabilities with Gumbel noise. The density of the
     # power law, a x ** (a - 1) for a = 0.01, at x = 1, 2, ...
@@ -149,8 +147,7 @@ def _sequence(key, *, length, pairs, vocab_size):
 
     # Those beyond the count are put beyond the end, where they are dropped.
     kept = lambda where: jnp.where(index < count, where, length)
-    tokens = jax.random.randint(filler_key, (length,), half, vocab_size)
-    tokens = tokens.at[kept(2 * index)].set(names, mode="drop")
+    tokens = jnp.zeros(length, jnp.int32).at[kept(2 * index)].set(names, mode="drop")
     tokens = tokens.at[kept(2 * index + 1)].set(values, mode="drop")
     tokens = tokens.at[kept(asked_at)].set(names, mode="drop")
     labels = jnp.full(length, NO_LABEL, jnp.int32)
