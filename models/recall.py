@@ -174,6 +174,7 @@ def _experiment(name: str, *pattern: str) -> RecallExperiment:
         d_model=64,
         num_heads=1,
         mlp_dim=0,
+        tie_embeddings=True,
         dtype="bfloat16",
         window=16,
     )
