@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from models import anchors, data, runs, text
+from benchmarks.measure import provenance
+from models import anchors, data, recall, results, runs, text, vision
 from models import demo as demonstration
+from models import speed as generation
 from models.plot import plot
 from models.pointer import presets as pointer_presets
 from models.pointer.picture import draw_answers
@@ -23,10 +25,16 @@ from models.train import load, train
 
 LANGUAGE_MODELS = {"lm": text.TextExperiment(), **PRESETS}
 POINTER_NETWORKS = pointer_presets.PRESETS
-EXPERIMENTS: dict[str, Any] = {**LANGUAGE_MODELS, **POINTER_NETWORKS}
+EXPERIMENTS: dict[str, Any] = {
+    **LANGUAGE_MODELS,
+    **vision.EXPERIMENTS,
+    **recall.EXPERIMENTS,
+    **POINTER_NETWORKS,
+}
 if TYPE_CHECKING:
     Experiment = Any
     Name = LanguageModel = PointerName = str
+    LanguageModels = tuple[str, ...]
 else:
     Experiment = Annotated[
         tyro.extras.subcommand_type_from_defaults(EXPERIMENTS), tyro.conf.arg(name="")
@@ -34,6 +42,7 @@ else:
     Name = tyro.conf.Positional[Literal[tuple(EXPERIMENTS)]]
     LanguageModel = tyro.conf.Positional[Literal[tuple(LANGUAGE_MODELS)]]
     PointerName = tyro.conf.Positional[Literal[tuple(POINTER_NETWORKS)]]
+    LanguageModels = tyro.conf.Positional[tuple[Literal[tuple(LANGUAGE_MODELS)], ...]]
 
 
 def main() -> None:
@@ -44,6 +53,8 @@ def main() -> None:
         "generate": generate,
         "plot": draw,
         "answers": answers,
+        "results": write_results,
+        "speed": measure_speed,
         "anchors": measure_anchors,
         "demo": demo,
     }
@@ -64,16 +75,26 @@ def train_model(experiment: Experiment) -> None:
     print(plot(folder, task.marks, task.unit))
 
 
-def evaluate(name: Name, folder: pathlib.Path | None = None) -> None:
+def evaluate(
+    name: Name,
+    folder: pathlib.Path | None = None,
+    record: bool = False,
+    commit: str = "",
+) -> None:
     """Measure a trained model on all data held out.
 
     Args:
       name: which experiment.
       folder: of the run, where it is not the experiment's own.
+      record: keep the result of the finished run in models/results.
+      commit: to record, where git could not say it when training began.
     """
     experiment, model = _trained(name, folder)
-    for measure, value in experiment.evaluate(model).items():
+    measures = experiment.evaluate(model)
+    for measure, value in measures.items():
         print(f"{value:.4f} {measure}")
+    if record:
+        results.record(name, experiment, measures, commit)
 
 
 def generate(
@@ -138,6 +159,42 @@ def answers(name: PointerName, folder: pathlib.Path | None = None) -> None:
       folder: of the run, where it is not the experiment's own.
     """
     print(draw_answers(*_trained(name, folder)))
+
+
+def write_results() -> None:
+    """Write docs/results.md and its figure from models/results."""
+    for path in results.write():
+        print(path)
+
+
+def measure_speed(
+    names: LanguageModels = generation.DEFAULT,
+    batch_size: int = 8,
+    contexts: tuple[int, ...] = generation.CONTEXTS,
+    commit: str = "",
+) -> None:
+    """Time generation after few tokens and after many; keep it in models/results.
+
+    Args:
+      names: which experiments' models.
+      batch_size: sequences generated at once.
+      contexts: tokens before those that are generated.
+      commit: by default git is asked.
+    """
+    for name in names:
+        config = LANGUAGE_MODELS[name].model
+        times = {}
+        for context, time in generation.measure(config, contexts, batch_size):
+            print(f"{time:8.3f} ms a step after {context} tokens: {name}", flush=True)
+            times[str(context)] = round(time, 4)
+        result = {
+            "experiment": name,
+            "command": runs.command(),
+            **provenance(commit),
+            "batch_size": batch_size,
+            "milliseconds": times,
+        }
+        results.keep(f"speed-{name}", result)
 
 
 def measure_anchors() -> None:

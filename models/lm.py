@@ -31,6 +31,7 @@ class LMConfig:
       num_heads: N, which divides D.
       mlp_dim: the size inside the channel mixer; 0 for none.
       activation: of the gate of the channel mixer.
+      tie_embeddings: whether the embedding also makes the logits.
       dropout: of what each mixer adds, and of the embedding, while training.
       dtype: of the activations. Parameters, the residual stream and logits are float32.
         GPU kernels want bfloat16.
@@ -52,6 +53,7 @@ class LMConfig:
     num_heads: int = 4
     mlp_dim: int = 256
     activation: Literal["identity", "silu"] = "identity"
+    tie_embeddings: bool = False
     dropout: float = 0.0
     dtype: str = "float32"
     window: int = 64
@@ -90,13 +92,14 @@ class LM(nnx.Module):
             [Block(config, layer, rngs=rngs) for layer in range(config.num_layers)]
         )
         self.norm = SRMSNorm()
-        self.head = nnx.Linear(
+        head = functools.partial(
+            nnx.Linear,
             config.d_model,
             config.vocab_size,
             use_bias=False,
             kernel_init=nnx.initializers.zeros_init(),
-            rngs=rngs,
         )
+        self.head = None if config.tie_embeddings else head(rngs=rngs)
 
     def __call__(
         self, tokens: jax.Array, *, dropout_key: jax.Array | None = None
@@ -125,7 +128,7 @@ class LM(nnx.Module):
             x, loss = block(x, key)
             losses += [] if loss is None else [loss]
         loss = jnp.stack(losses).mean() if losses else jnp.zeros(())
-        return self.head(self.norm(x)), loss
+        return self._logits(x), loss
 
     def init_cache(
         self, batch_size: int, max_length: int | None = None
@@ -154,7 +157,11 @@ class LM(nnx.Module):
         for block, state in zip(self.blocks, cache, strict=True):
             x, state = block.step(x, state)
             new.append(state)
-        return self.head(self.norm(x)), tuple(new)
+        return self._logits(x), tuple(new)
+
+    def _logits(self, x: jax.Array) -> jax.Array:
+        head = self.embed.attend if self.head is None else self.head
+        return head(self.norm(x))
 
 
 class Block(nnx.Module):

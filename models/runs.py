@@ -1,11 +1,19 @@
-"""What a run's folder says about it: the settings, so that they cannot be mixed up."""
+"""What a run's folder says about it: its settings, and how it was begun.
+
+The settings are there so that runs cannot be mixed up; the command, the machine and the
+versions, so that a result can say where it comes from.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import pathlib
+import shlex
+import sys
 from typing import Any, TypeVar
+
+from benchmarks.measure import provenance
 
 Experiment = TypeVar("Experiment")
 
@@ -20,19 +28,21 @@ def claim(experiment: Any) -> pathlib.Path:
     Raises:
       RunError: the folder holds the run of other settings.
     """
-    folder, settings = experiment.folder, _settings(experiment)
+    folder, config = experiment.folder, settings(experiment)
     path = folder / "experiment.json"
     if path.exists():
         others = json.loads(path.read_text())
-        if others != settings:
-            changed = sorted(_differences(settings, others))
+        if others != config:
+            changed = sorted(_differences(config, others))
             raise RunError(
                 f"{folder}: holds a run with other settings ({', '.join(changed)}). "
                 "Name another folder, or delete this one."
             )
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings, indent=2) + "\n")
+        path.write_text(json.dumps(config, indent=2) + "\n")
+        origin = json.dumps({"command": command(), **provenance()}, indent=2)
+        (folder / "origin.json").write_text(origin + "\n")
     return folder
 
 
@@ -50,11 +60,21 @@ def read(folder: pathlib.Path, like: Experiment) -> Experiment:
     )
 
 
-def _settings(experiment: Any) -> dict[str, Any]:
+def origin(folder: pathlib.Path) -> dict[str, str]:
+    """Reads how a run was begun: `command`, `device`, versions, `commit`."""
+    return json.loads((folder / "origin.json").read_text())
+
+
+def settings(experiment: Any) -> dict[str, Any]:
     """All but where the run is, as JSON gives it back."""
-    settings = dataclasses.asdict(experiment)
-    del settings["folder"]
-    return json.loads(json.dumps(settings))
+    fields = dataclasses.asdict(experiment)
+    del fields["folder"]
+    return json.loads(json.dumps(fields))
+
+
+def command() -> str:
+    """The command line of this process, as one types it."""
+    return shlex.join(["python", "-m", "models", *sys.argv[1:]])
 
 
 def _updated(like: Any, settings: dict[str, Any]) -> Any:

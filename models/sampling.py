@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,29 @@ def generate(
     batch, length = prompt.shape
     cache = model.init_cache(batch, length + num_tokens)
     logits, cache = model.step(prompt, cache)
+    sampling = (temperature, top_k, top_p)
+    return go_on(model, logits[:, -1], cache, num_tokens, key, *sampling)[0]
+
+
+def go_on(
+    model: LM,
+    logits: jax.Array,
+    cache: tuple[Any, ...],
+    num_tokens: int,
+    key: jax.Array,
+    temperature: float | jax.Array = 1.0,
+    top_k: int | jax.Array | None = None,
+    top_p: float | jax.Array = 1.0,
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    """Samples what follows the sequences in a cache; arguments as in `generate`.
+
+    Args:
+      logits: of the next token, `[B, V]`.
+      cache: with room for `num_tokens` more.
+
+    Returns:
+      int32 `[B, num_tokens]`, and the cache with them.
+    """
 
     def next_token(carry, key):
         logits, cache = carry
@@ -46,8 +70,8 @@ def generate(
         return (logits[:, -1], cache), token
 
     keys = jax.random.split(key, num_tokens)
-    _, tokens = jax.lax.scan(next_token, (logits[:, -1], cache), keys)
-    return tokens.T
+    (_, cache), tokens = jax.lax.scan(next_token, (logits, cache), keys)
+    return tokens.T, cache
 
 
 def sample(

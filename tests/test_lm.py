@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from helpers import shaken
 
+from models.layers import GatedConvolution
 from models.lm import LM, LMConfig
 from models.token_mixers import TOKEN_MIXERS
 
@@ -51,3 +52,17 @@ def test_steps_equal_the_parallel_forward(model, tokens):
     changed = jax.jit(model)(tokens.at[:, 15:].set(0))
     chex.assert_trees_all_close(changed[:, :15], wanted[:, :15], atol=1e-6)
     assert abs(changed[:, 15:] - wanted[:, 15:]).max() > 1e-3
+
+
+def test_short_convolution_is_that_of_flax():
+    """Causal and by channel, between the projections of Based's token mixer."""
+    layer = shaken(GatedConvolution(8, rngs=nnx.Rngs(0)))
+    x = jax.random.normal(jax.random.key(3), (2, 9, 8))
+    convolution = nnx.Conv(
+        16, 16, 3, padding="CAUSAL", feature_group_count=16, rngs=nnx.Rngs(0)
+    )
+    convolution.kernel[...] = layer.taps[:, None]
+    convolution.bias[...] = layer.bias[...]
+    mixed = nnx.silu(convolution(layer.input(x))) * layer.gate(x)
+    chex.assert_trees_all_close(layer(x), layer.out(mixed), atol=1e-5)
+    assert abs(layer(x)).max() > 1e-2
