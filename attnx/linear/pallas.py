@@ -60,7 +60,7 @@ def linear_attention(
     if initial_state is None:
         columns = value.shape[-1] + normalize
         initial_state = empty_state(query, columns, jnp.float32)
-    pieces = _pieces(query)
+    pieces = number_of_pieces(query)
     fill = -length % (CHUNK * pieces)
     log_decay = by_token(log_decay, segment_ids, query, jnp.float32, reverse, fill > 0)
     log_decay = jnp.maximum(log_decay, _LEAST)
@@ -326,7 +326,7 @@ def _decay(log_decay, scale, chunk_size=CHUNK) -> Decay:
     return Decay(jnp.cumsum(log_decay * LOG2E, -1), scale[None])
 
 
-def _pieces(query: jax.Array) -> int:
+def number_of_pieces(query: jax.Array) -> int:
     """As many pieces as fill the device, if need be at the price of padding."""
     batch, length, heads, _ = query.shape
     chunks = -(-length // CHUNK)
