@@ -31,9 +31,9 @@ FEATURES = 1 + SIZE + SIZE * (SIZE + 1) // 2
 # Rows of the state, in tiles of a product's height; those beyond FEATURES stay 0.
 _TILES = tuple(pl.ds(row, ROWS) for row in range(0, FEATURES, ROWS))
 STATE_ROWS = ROWS * len(_TILES)
-# The same of queries, where only tiles of 32 need be whole.
-_PARTS = (*_TILES[:-1], pl.ds(STATE_ROWS - ROWS, 32))
-_HALVES = (pl.ds(0, ROWS), pl.ds(ROWS, ROWS))
+# Features of queries are made so many at a time.
+_PART = 32
+_PARTS = -(-FEATURES // _PART)
 # Features of queries and keys differ where x_i^2 would need a root of 2.
 _LEFT, _OF_QUERY, _OF_KEY = range(3)
 SQUARES = slice(1 + SIZE, 1 + 2 * SIZE)
@@ -155,24 +155,32 @@ def taylor_scan(
 
             def weighted(here):
                 """Sums of values by their weights, and of the weights."""
-                out = mosaic.full((ROWS, value_size), 0.0, TILE)
-                total = mosaic.full((ROWS,), 0.0, ROW)
-                for part in _PARTS:
-                    features = forms.of_queries(here["query"].at[own_rows], part)
-                    features = features[0] * features[1]
+
+                def before(n, carry):
+                    out, total = carry
+                    part = pl.ds(n * _PART, _PART)
+                    left, right = forms.of_queries(here["query"].at[own_rows], part)
+                    features = left * right
                     if outputs == "quotients":
                         entered = mosaic.load(sums_s.at[part], COL)
                         entered = mosaic.along(entered, 1, features.shape)
                         total = total + (features * entered).sum(axis=1)
-                    before = state_s.at[part]
-                    out = mosaic.accumulated(out, features.astype(dtype), before)
-                for half in _HALVES:
+                    features = features.astype(dtype)
+                    return mosaic.accumulated(out, features, state_s.at[part]), total
+
+                def within(n, carry):
+                    out, total = carry
+                    half = pl.ds(n * ROWS, ROWS)
                     a = scores(here, half) * SIZE**-0.5
                     weights = seen(1.0 + a * (1.0 + 0.5 * a), half)
                     total = total + weights.sum(axis=1)
-                    values = here["value"].at[half]
-                    out = mosaic.accumulated(out, weights.astype(dtype), values)
-                return out, total
+                    weights, values = weights.astype(dtype), here["value"].at[half]
+                    return mosaic.accumulated(out, weights, values), total
+
+                out = mosaic.full((ROWS, value_size), 0.0, TILE)
+                total = mosaic.full((ROWS,), 0.0, ROW)
+                carry = lax.fori_loop(0, _PARTS, before, (out, total))
+                return lax.fori_loop(0, 2, within, carry)
 
             def slopes(here):
                 """The gradient: what is summed, by the weights' own gradients."""
@@ -188,20 +196,25 @@ def taylor_scan(
                         own = mosaic.along(own, 0, x.shape)
                     return x + (own if far is None else own * far)
 
-                out = mosaic.full((ROWS, SIZE), 0.0, TILE)
-                for part in _PARTS:
-                    left, right = forms.of_queries(here["query"].at[own_rows], part)
+                def before(n, out):
+                    part = pl.ds(n * _PART, _PART)
                     entered = mosaic.transposed(state_s.at[part])
                     by = beside(mosaic.product(near, entered), sums_s.at[part])
-                    out = forms.back(out, (by * right, by * left), part)
-                for half in _HALVES:
-                    a = scores(here, half) * SIZE**-0.5
+                    left, right = forms.of_queries(here["query"].at[own_rows], part)
+                    return forms.back(out, (by * right, by * left), part)
+
+                def within(n, out):
+                    half = pl.ds(n * ROWS, ROWS)
                     values = mosaic.transposed(here["value"].at[half])
                     far = here["by"].at[half] if "by" in here else None
                     by = beside(mosaic.product(near, values), far)
+                    a = scores(here, half) * SIZE**-0.5
                     by = seen(by * (SIZE**-0.5 * (1.0 + a)), half).astype(dtype)
-                    out = mosaic.accumulated(out, by, here["key"].at[half])
-                return out
+                    return mosaic.accumulated(out, by, here["key"].at[half])
+
+                out = mosaic.full((ROWS, SIZE), 0.0, TILE)
+                out = lax.fori_loop(0, _PARTS, before, out)
+                return lax.fori_loop(0, 2, within, out)
 
             def write(name, x, chunk):
                 place_s = staged[name].at[own_rows]
@@ -213,20 +226,25 @@ def taylor_scan(
 
             def after(state, sums, here):
                 """What leaves the chunk."""
-                states, totals = [], []
-                for tile, part, total in zip(_TILES, state, sums, strict=True):
-                    for half in _HALVES:
-                        features = forms.of_keys(here["key"].at[half], tile)
-                        counts = features
-                        if "by" in here:
-                            by = mosaic.load(here["by"].at[half], COL)
-                            counts = features * mosaic.along(by, 1, features.shape)
-                        total = total + counts.sum(axis=1)
-                        values = here["value"].at[half, own_columns]
-                        part = mosaic.accumulated(part, features.astype(dtype), values)
-                    states.append(part)
-                    totals.append(total)
-                return tuple(states), tuple(totals)
+
+                def added(tile, n, carry):
+                    state, total = carry
+                    half = pl.ds(n * ROWS, ROWS)
+                    features = forms.of_keys(here["key"].at[half], tile)
+                    counts = features
+                    if "by" in here:
+                        by = mosaic.load(here["by"].at[half], COL)
+                        counts = features * mosaic.along(by, 1, features.shape)
+                    total = total + counts.sum(axis=1)
+                    values = here["value"].at[half, own_columns]
+                    features = features.astype(dtype)
+                    return mosaic.accumulated(state, features, values), total
+
+                parts = [
+                    lax.fori_loop(0, 2, functools.partial(added, tile), tuple(carry))
+                    for tile, *carry in zip(_TILES, state, sums, strict=True)
+                ]
+                return tuple(zip(*parts, strict=True))
 
             def step(n, carry):
                 slot = lax.rem(n, jnp.int32(stages))
@@ -365,9 +383,7 @@ class Forms:
     @staticmethod
     def _factors(left, right, part, axis):
         def ones(x, count):
-            if part.start > 0:
-                return x
-            index = mosaic.iota(x.shape[axis], axis)
+            index = part.start + mosaic.iota(x.shape[axis], axis)
             return x + mosaic.along((index < count).astype(x.dtype), axis, x.shape)
 
         left, right = mosaic.two_products(left, right, lambda x: ones(x, 1))
