@@ -140,6 +140,11 @@ def cases() -> Iterator[tuple[str, Callable, tuple]]:
                 _backward(kernel),
                 (tokens,) * 3,
             )
+        if size <= 128:
+            small = _bfloat16(2, 4096, 8, 16)
+            taylor = functools.partial(attnx.taylor_attention, implementation="pallas")
+            yield f"taylor V{size}", taylor, (small, small, tokens)
+            yield f"taylor V{size} backward", _backward(taylor), (small, small, tokens)
         lengths = jax.ShapeDtypeStruct((2,), jnp.int32)
         decode = functools.partial(attnx.decode_attention, implementation="pallas")
         structs = (_bfloat16(2, 1, 8, size), grouped, grouped, lengths)

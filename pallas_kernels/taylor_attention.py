@@ -367,9 +367,7 @@ class Forms:
     def of_keys(self, tokens, part):
         """Part of the features, a column a token."""
         tokens = mosaic.transposed(tokens)
-        left, right = (
-            (self._ref.at[form, part], tokens) for form in (_LEFT, _OF_KEY)
-        )
+        left, right = ((self._ref.at[form, part], tokens) for form in (_LEFT, _OF_KEY))
         left, right = self._factors(left, right, part, axis=0)
         return left * right
 
