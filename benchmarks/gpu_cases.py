@@ -192,7 +192,7 @@ def linear(kind: str, batch: int, length: int, heads: int, size: int) -> Case:
 
 
 def linear_step(batch: int, heads: int, size: int) -> Case:
-    """One token of linear attention, with a decay a head, beside a copy of the state."""
+    """One token of linear attention, a decay a head, beside a copy of the state."""
     token = (batch, 1, heads, size)
 
     def step(state, query, key, value):

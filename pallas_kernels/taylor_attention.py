@@ -1,4 +1,4 @@
-"""Taylor attention on Hopper: the second order of exp, whose features stay in registers.
+"""Taylor attention on Hopper: the second order of exp, its features in registers.
 
 As in `linear_attention.py`, one block of threads walks the chunks of one head and two
 warpgroups hold the state, here half of the values each. A feature is a product of two
