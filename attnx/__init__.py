@@ -11,6 +11,7 @@ from attnx.linear import decay as decay
 from attnx.linear import feature_maps as feature_maps
 from attnx.linear import linear_attention as linear_attention
 from attnx.linear import linear_attention_step as linear_attention_step
+from attnx.linear import taylor_attention as taylor_attention
 from attnx.select import dhsa_attention as dhsa_attention
 from attnx.select import hylra_attention as hylra_attention
 from attnx.select import moba_attention as moba_attention

@@ -145,6 +145,10 @@ def cases() -> Iterator[tuple[str, Callable, tuple]]:
                 select.moba_attention, block_size=128, top_k=8, implementation="pallas"
             )
             yield f"moba H{size}", blocks, (tokens,) * 3
+            small = _bfloat16(2, 4096, 8, 16)
+            taylor = functools.partial(attnx.taylor_attention, implementation="pallas")
+            yield f"taylor V{size}", taylor, (small, small, tokens)
+            yield f"taylor V{size} backward", _backward(taylor), (small, small, tokens)
         lengths = jax.ShapeDtypeStruct((2,), jnp.int32)
         decode = functools.partial(attnx.decode_attention, implementation="pallas")
         structs = (_bfloat16(2, 1, 8, size), grouped, grouped, lengths)

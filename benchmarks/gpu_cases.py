@@ -44,6 +44,10 @@ def cases() -> Iterator[Case]:
         yield linear("per head", batch, length, 16, 128)
     for bits in (10, 12, 14, 16, 18, 20):
         yield linear("per head", TOKENS >> bits, 1 << bits, 4, 128)
+    yield linear_step(256, 32, 128)
+    yield taylor(4, 4096, 32, 64)
+    yield taylor(4, 4096, 32, 128)
+    yield taylor(1, 16384, 32, 64)
 
 
 def dense(
@@ -270,6 +274,72 @@ def linear(kind: str, batch: int, length: int, heads: int, size: int) -> Case:
         shapes,
         {**candidates, **_ours(attention)},
         functools.partial(linear, kind, 2, 1024, heads, size),
+        "bfloat16",
+        yardsticks={"copy": copy, "causal cudnn": softmax},
+    )
+
+
+def linear_step(batch: int, heads: int, size: int) -> Case:
+    """One token of linear attention, a decay a head, beside a copy of the state."""
+    token = (batch, 1, heads, size)
+
+    def step(state, query, key, value):
+        return attnx.linear_attention_step(
+            state,
+            *(x[:, 0] for x in (query, key, value)),
+            log_decay=attnx.decay.retnet(heads),
+        )
+
+    def reference(state, query, key, value):
+        out, state = attnx.linear_attention(
+            query,
+            key,
+            value,
+            log_decay=attnx.decay.retnet(heads),
+            initial_state=state,
+            implementation="reference",
+            return_state=True,
+        )
+        return out[:, 0], state
+
+    return Case(
+        "linear_attention_step",
+        f"step B{batch} N{heads} H{size}",
+        ((batch, heads, size, size), token, token, token),
+        {"reference": reference, "xla": step, "einsum": peers.linear_step},
+        functools.partial(linear_step, 2, heads, size),
+        "float32",
+        ("forward",),
+        {"copy": lambda state, *_: -state},
+    )
+
+
+def taylor(batch: int, length: int, heads: int, value_size: int) -> Case:
+    """Taylor attention, beside a copy, causal softmax and features written out."""
+    small, large = ((batch, length, heads, size) for size in (16, value_size))
+
+    def features(query, key, value):
+        # As wide as what they are multiplied with: else denominators come near 0.
+        query, key = (x.astype(jnp.float32) for x in (query, key))
+        query, key = map(attnx.feature_maps.taylor, (query, key))
+        out = attnx.linear_attention(
+            query, key, value, scale=1.0, normalize=True, implementation="xla"
+        )
+        return out.astype(value.dtype)
+
+    def copy(query, key, value):
+        # As many bytes read and written as attention reads and writes.
+        return -query, -value
+
+    def softmax(query, key, value):
+        return _cudnn(is_causal=True)(value, value, value)
+
+    return Case(
+        "taylor_attention",
+        f"taylor B{batch} T{length} N{heads} H16 V{value_size}",
+        (small, small, large),
+        {"features": features, **_ours(attnx.taylor_attention)},
+        functools.partial(taylor, 1, 512, 4, value_size),
         "bfloat16",
         yardsticks={"copy": copy, "causal cudnn": softmax},
     )

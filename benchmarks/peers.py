@@ -60,6 +60,15 @@ def associative_scan(query, key, value, log_decay):
     return scale * jnp.einsum("btnh,btnhv->btnv", query, states)
 
 
+def linear_step(state, query, key, value):
+    """One token of linear attention, written out, with the decay of RetNet."""
+    heads, size = query.shape[2:]
+    decay = 1 - 2.0 ** (-5 - jnp.arange(heads))
+    q, k, v = (x[:, 0] for x in (query, key, value))
+    state = decay[:, None, None] * state + jnp.einsum("bnh,bnv->bnhv", k, v)
+    return size**-0.5 * jnp.einsum("bnh,bnhv->bnv", q, state), state
+
+
 def chunked_einsum(query, key, value, log_decay):
     """The textbook chunked form, differentiated by JAX."""
     batch, length, heads, size = query.shape

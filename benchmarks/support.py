@@ -41,6 +41,10 @@ def _calls():
             ((2, 1, 4, 64), *tokens[1:]),
         ),
         "linear_attention": (attnx.linear_attention, tokens),
+        "taylor_attention": (
+            attnx.taylor_attention,
+            ((2, 256, 4, 16), (2, 256, 2, 16), tokens[2]),
+        ),
     }
 
 

@@ -24,6 +24,7 @@ from attnx.nn import (
     Rotary,
     SoftmaxMixer,
     SRMSNorm,
+    TaylorMixer,
     WindowMixer,
 )
 from models.layers import GatedConvolution
@@ -94,10 +95,9 @@ def linear(config: LMConfig, layer: int, rngs: nnx.Rngs) -> Attention:
 
 def taylor(config: LMConfig, layer: int, rngs: nnx.Rngs) -> Attention:
     """Based's: the second order of exp, over `config.feature_dim` channels a head."""
-    mixer = LinearMixer(feature_map=_wide_taylor, scale=1.0, normalize=True)
     return _attention(
         config,
-        mixer,
+        TaylorMixer(),
         rngs,
         head_dim=config.feature_dim,
         value_dim=config.d_model // config.num_heads,
@@ -178,8 +178,3 @@ def _attention(config: LMConfig, mixer: Mixer, rngs: nnx.Rngs, **options) -> Att
 
 
 _rotary = functools.partial(_attention, position=Rotary())
-
-
-def _wide_taylor(x: jax.Array) -> jax.Array:
-    # In bfloat16 the products of features could cancel to a denominator near 0.
-    return feature_maps.taylor(x.astype(jnp.promote_types(x.dtype, jnp.float32)))

@@ -26,6 +26,7 @@ from attnx.nn import (
     Rotary,
     SoftmaxMixer,
     SRMSNorm,
+    TaylorMixer,
 )
 
 D, N, H, T = 32, 4, 8, 10
@@ -64,6 +65,7 @@ MIXERS = {
     ),
     "decay per token": lambda rngs: LinearMixer(LogDecay(D, N, rngs=rngs)),
     "decay per channel": lambda rngs: LinearMixer(LogDecay(D, (N, H), rngs=rngs)),
+    "taylor": lambda rngs: TaylorMixer(),
     "learned": lambda rngs: LinearMixer(
         nnx.Param(SLOPES),
         feature_map=Hedgehog(N, H),
@@ -127,6 +129,8 @@ def test_layer_composes_the_function_of_its_mixer(layer):
                 is_causal=True,
                 implementation="reference",
             )
+        if isinstance(mixer, TaylorMixer):
+            return attnx.taylor_attention(q, k, v, implementation="reference")
         decay = mixer.log_decay
         if isinstance(decay, LogDecay):
             low = x @ decay.down.kernel[...]

@@ -102,7 +102,7 @@ def test_matches_the_reference(name):
 @pytest.mark.skipif(not SINCE_0_11, reason="takes long before jax 0.11")
 @pytest.mark.parametrize("name", ["per head, ragged", "per token", "normalized"])
 def test_a_sequence_in_pieces_is_the_whole(name, monkeypatch):
-    monkeypatch.setattr(pallas, "_pieces", lambda *_: 2)
+    monkeypatch.setattr(pallas, "number_of_pieces", lambda *_: 2)
     options = CASES[name][-1]
     with mosaic.interpret():
         assert_matches(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from attnx._checks import expect, expect_float, expect_shape
 from attnx._dispatch import dispatch
 from attnx.linear import pallas, reference, xla
+from attnx.linear.operands import check_tokens
 
 
 def linear_attention(
@@ -95,8 +96,14 @@ def linear_attention(
         arrays = [x if x is None else x[None] for x in arrays]
         if per_head:
             arrays[3] = log_decay
-    _check(*arrays, normalize=normalize)
     query, key, value, log_decay, initial_state, segment_ids = arrays
+    state_size = query.shape[-1], value.shape[-1] + normalize
+    check_tokens(query, key, value, initial_state, segment_ids, state_size)
+    if log_decay is not None:
+        *tokens, head_size = query.shape
+        shapes = (tokens[2],), (*tokens,), (*tokens, head_size)
+        expect_shape("log_decay", log_decay, *shapes)
+        expect_float("log_decay", log_decay)
 
     if scale is None:
         scale = query.shape[-1] ** -0.5
@@ -140,42 +147,3 @@ def unsupported(
     if name == "pallas":
         return pallas.unsupported(query, key, value, log_decay, normalize=normalize)
     return None
-
-
-def _check(
-    query, key, value, log_decay, initial_state, segment_ids, *, normalize: bool
-) -> None:
-    for name, array in (("key", key), ("value", value)):
-        expect(array.ndim == query.ndim, name, "query's rank", f"shape {array.shape}")
-    batch, length, num_heads, head_size = query.shape
-    num_groups, value_size = value.shape[2:]
-    expect(length > 0, "query", "at least one token", f"shape {query.shape}")
-    expect_shape("key", key, (batch, length, num_groups, head_size))
-    expect_shape("value", value, (batch, length, num_groups, value_size))
-    expect(
-        num_groups > 0 and num_heads % num_groups == 0,
-        "key",
-        f"a number of heads that divides query's {num_heads}",
-        num_groups,
-    )
-    floats = {"query": query, "key": key, "value": value}
-    if log_decay is not None:
-        floats["log_decay"] = log_decay
-        tokens = (batch, length, num_heads)
-        expect_shape("log_decay", log_decay, (num_heads,), tokens, (*tokens, head_size))
-    if initial_state is not None:
-        floats["initial_state"] = initial_state
-        columns = value_size + normalize
-        expect_shape(
-            "initial_state", initial_state, (batch, num_heads, head_size, columns)
-        )
-    for name, array in floats.items():
-        expect_float(name, array)
-    if segment_ids is not None:
-        expect_shape("segment_ids", segment_ids, (batch, length))
-        expect(
-            jnp.issubdtype(segment_ids.dtype, jnp.integer),
-            "segment_ids",
-            "an integer dtype",
-            segment_ids.dtype,
-        )

@@ -1,9 +1,11 @@
-"""What arguments that are missing, or that say the same otherwise, stand for."""
+"""Checks of arguments, and what those stand for that are missing."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+
+from attnx._checks import expect, expect_float, expect_shape
 
 # A log decay that forgets everything: e^-1000 is 0 in float32 and in float64.
 FORGET = -1000.0
@@ -34,3 +36,39 @@ def empty_state(query: jax.Array, columns: int, dtype) -> jax.Array:
     # Made from the query, so as to be laid out over devices as it is.
     empty = jnp.zeros_like(query[:, 0, ..., None], dtype)
     return jnp.broadcast_to(empty, (*empty.shape[:3], columns))
+
+
+def check_tokens(
+    query, key, value, initial_state, segment_ids, state_size: tuple[int, int]
+) -> None:
+    """Raises `ValueError` unless shapes and dtypes agree; all have a batch axis.
+
+    `state_size` is that of one head's state: rows and columns.
+    """
+    for name, array in (("key", key), ("value", value)):
+        expect(array.ndim == query.ndim, name, "query's rank", f"shape {array.shape}")
+    batch, length, num_heads, head_size = query.shape
+    num_groups, value_size = value.shape[2:]
+    expect(length > 0, "query", "at least one token", f"shape {query.shape}")
+    expect_shape("key", key, (batch, length, num_groups, head_size))
+    expect_shape("value", value, (batch, length, num_groups, value_size))
+    expect(
+        num_groups > 0 and num_heads % num_groups == 0,
+        "key",
+        f"a number of heads that divides query's {num_heads}",
+        num_groups,
+    )
+    floats = {"query": query, "key": key, "value": value}
+    if initial_state is not None:
+        floats["initial_state"] = initial_state
+        expect_shape("initial_state", initial_state, (batch, num_heads, *state_size))
+    for name, array in floats.items():
+        expect_float(name, array)
+    if segment_ids is not None:
+        expect_shape("segment_ids", segment_ids, (batch, length))
+        expect(
+            jnp.issubdtype(segment_ids.dtype, jnp.integer),
+            "segment_ids",
+            "an integer dtype",
+            segment_ids.dtype,
+        )

@@ -9,6 +9,7 @@ arXiv 2312.06635).
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ _BLOCKS = 132
 _MIN_CHUNKS = 4
 # A log decay below which float32 knows no weight: e^-128 is 0.
 _LEAST = -128.0
-_PLAIN = {"reverse": False, "normalize": False}
+_PLAIN: dict[str, Any] = {"reverse": False, "normalize": False}
 
 
 def linear_attention(
@@ -60,7 +61,7 @@ def linear_attention(
     if initial_state is None:
         columns = value.shape[-1] + normalize
         initial_state = empty_state(query, columns, jnp.float32)
-    pieces = _pieces(query)
+    pieces = number_of_pieces(query)
     fill = -length % (CHUNK * pieces)
     log_decay = by_token(log_decay, segment_ids, query, jnp.float32, reverse, fill > 0)
     log_decay = jnp.maximum(log_decay, _LEAST)
@@ -250,7 +251,7 @@ def _backward_normalized(pieces, residuals, cotangents):
         (_decay(log_decay, scale, GRAD_CHUNK),),
     )
     d_entering = jnp.concatenate([d_entering, d_sums[..., None]], -1)
-    options = {"reverse": False, "normalize": True}
+    options: dict[str, Any] = {"reverse": False, "normalize": True}
     of_decay = lambda log_decay: xla.linear_attention(
         query, key, value, scale, log_decay, entering[:, :, 0], None, **options
     )
@@ -326,7 +327,7 @@ def _decay(log_decay, scale, chunk_size=CHUNK) -> Decay:
     return Decay(jnp.cumsum(log_decay * LOG2E, -1), scale[None])
 
 
-def _pieces(query: jax.Array) -> int:
+def number_of_pieces(query: jax.Array) -> int:
     """As many pieces as fill the device, if need be at the price of padding."""
     batch, length, heads, _ = query.shape
     chunks = -(-length // CHUNK)

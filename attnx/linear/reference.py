@@ -1,10 +1,16 @@
-"""Linear attention token by token: the specification, written to be read."""
+"""Linear attention token by token, and Taylor attention pair by pair.
+
+The specifications, written to be read.
+"""
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
+from attnx.linear.feature_maps import taylor
 from attnx.linear.normalizer import append_ones, divide_by_last
 from attnx.linear.operands import empty_state
 
@@ -60,3 +66,39 @@ def linear_attention(
     if normalize:
         out = divide_by_last(out)
     return out.astype(query.dtype), state
+
+
+def taylor_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    initial_state: jax.Array | None,
+    segment_ids: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """See `attnx.taylor_attention`; returns the output and the final state."""
+    _, length, num_heads, head_size = query.shape
+    dtype = jnp.promote_types(jnp.result_type(query, key, value), jnp.float32)
+    group = num_heads // key.shape[2]
+    q = query.astype(dtype)
+    k = jnp.repeat(key.astype(dtype), group, axis=2)
+    v = append_ones(jnp.repeat(value.astype(dtype), group, axis=2))
+
+    if segment_ids is None:
+        segment_ids = jnp.zeros_like(query[:, :, 0, 0], jnp.int32)
+    starts = segment_ids[:, 1:] != segment_ids[:, :-1]
+    document = jnp.pad(jnp.cumsum(starts, axis=1), ((0, 0), (1, 0)))
+    seen = jnp.tril(jnp.ones((length, length), bool))
+    seen &= document[:, :, None] == document[:, None, :]
+
+    einsum = functools.partial(jnp.einsum, precision="highest")
+    a = einsum("binh,bjnh->bnij", q, k) / head_size**0.5
+    weights = jnp.where(seen[:, None], 1 + a + a**2 / 2, 0)
+    out = einsum("bnij,bjnv->binv", weights, v)
+    last = (document == document[:, -1:])[..., None, None]
+    state = einsum("bjnf,bjnv->bnfv", jnp.where(last, taylor(k), 0), v)
+    if initial_state is not None:
+        first = document == 0
+        before = einsum("binf,bnfv->binv", taylor(q), initial_state)
+        out += jnp.where(first[..., None, None], before, 0)
+        state += jnp.where(first[:, -1, None, None, None], initial_state, 0)
+    return divide_by_last(out).astype(query.dtype), state

@@ -13,16 +13,33 @@ follow `jax.default_matmul_precision`: full on CPU, lower by default elsewhere.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from attnx.linear.normalizer import append_ones, divide_by_last
+from attnx.linear.feature_maps import identity, taylor
+from attnx.linear.normalizer import divide_by_last
 from attnx.linear.operands import by_token, empty_state
 
 # Tokens a chunk. Longer chunks store fewer states and do more work inside the chunk.
 CHUNK = 64
+
+
+class Kernel(NamedTuple):
+    """What a query and a key are to each other, said twice.
+
+    Attributes:
+      weight: a function of their inner product and their size.
+      features: a map of either, the inner product of whose values is the same.
+    """
+
+    weight: Callable[[jax.Array, int], jax.Array]
+    features: Callable[[jax.Array], jax.Array]
+
+
+PRODUCT = Kernel(lambda product, size: product, identity)
 
 
 class _Weights(NamedTuple):
@@ -48,8 +65,13 @@ def linear_attention(
     *,
     reverse: bool,
     normalize: bool,
+    kernel: Kernel = PRODUCT,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `attnx.linear_attention`; returns the output and the final state."""
+    """See `attnx.linear_attention`; returns the output and the final state.
+
+    `kernel` makes it the same function of features that exist a chunk at a time; not
+    with one decay a channel, nor with a scale but 1.
+    """
     length = query.shape[1]
     dtype = scale.dtype
     chunk_size = min(CHUNK, 1 << (length - 1).bit_length())
@@ -62,23 +84,48 @@ def linear_attention(
     else:
         weights = None
     if initial_state is None:
-        initial_state = empty_state(query, value.shape[-1] + normalize, dtype)
-    tokens = query, key, value, log_decay
-    return _scan(chunk_size, reverse, normalize, tokens, initial_state, weights, scale)
+        first = kernel.features(query[:, :1])
+        initial_state = empty_state(first, value.shape[-1] + normalize, dtype)
+    # One more column of values; tokens that fill up have 0, and are not counted.
+    ones = jnp.ones_like(query[..., :1, :1], dtype) if normalize else None
+    tokens = query, key, value, log_decay, ones
+    return _scan(chunk_size, reverse, kernel, tokens, initial_state, weights, scale)
+
+
+def taylor_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    initial_state: jax.Array | None,
+    segment_ids: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """See `attnx.taylor_attention`; returns the output and the final state."""
+    dtype = jnp.promote_types(jnp.result_type(query, key, value), jnp.float32)
+    return linear_attention(
+        *(query, key, value, jnp.ones((), dtype), None, initial_state, segment_ids),
+        reverse=False,
+        normalize=True,
+        kernel=Kernel(_second_order, taylor),
+    )
+
+
+def _second_order(product: jax.Array, size: int) -> jax.Array:
+    a = product / size**0.5
+    return 1 + a + a * a / 2
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _scan(chunk_size, reverse, normalize, tokens, state, weights, scale):
+def _scan(chunk_size, reverse, kernel, tokens, state, weights, scale):
     """The outputs for all tokens and the last state, from the first."""
     (out, state), _ = _scan_fwd(
-        chunk_size, reverse, normalize, tokens, state, weights, scale
+        chunk_size, reverse, kernel, tokens, state, weights, scale
     )
     return out, state
 
 
-def _scan_fwd(chunk_size, reverse, normalize, tokens, state, weights, scale):
+def _scan_fwd(chunk_size, reverse, kernel, tokens, state, weights, scale):
     whole = jax.tree.map(functools.partial(_split, chunk_size, reverse), tokens)
-    query, _, value, _ = whole
+    query, _, value, *_ = whole
     # Made from the query, so as to be laid out over devices as it is.
     out = jnp.zeros_like(query[..., :1], state.dtype)
     out = jnp.broadcast_to(out, (*query.shape[:-1], value.shape[-1]))
@@ -86,7 +133,7 @@ def _scan_fwd(chunk_size, reverse, normalize, tokens, state, weights, scale):
     def step(carry, _):
         i, state, out = carry
         chunk = _take(whole, i, reverse, state.dtype)
-        after, chunk = _chunk(normalize, state, chunk, weights, scale)
+        after, chunk = _chunk(kernel, state, chunk, weights, scale)
         return (i + 1, after, _put(out, i, reverse, chunk)), state
 
     carry, states = jax.lax.scan(step, (0, state, out), length=query.shape[1])
@@ -94,7 +141,7 @@ def _scan_fwd(chunk_size, reverse, normalize, tokens, state, weights, scale):
     return (_join(out, tokens[0], reverse), last), (tokens, states, weights, scale)
 
 
-def _scan_bwd(chunk_size, reverse, normalize, residuals, cotangents):
+def _scan_bwd(chunk_size, reverse, kernel, residuals, cotangents):
     tokens, states, weights, scale = residuals
     d_out, d_state = cotangents
     split = functools.partial(_split, chunk_size, reverse)
@@ -104,7 +151,7 @@ def _scan_bwd(chunk_size, reverse, normalize, residuals, cotangents):
         i, d_state, d_tokens, d_shared = carry
         chunk, d_chunk = _take((whole, d_out), i, reverse, state.dtype)
         _, vjp = jax.vjp(
-            functools.partial(_chunk, normalize), state, chunk, weights, scale
+            functools.partial(_chunk, kernel), state, chunk, weights, scale
         )
         d_state, d_chunk, *more = vjp((d_state, d_chunk))
         d_tokens = _put(d_tokens, i, reverse, d_chunk)
@@ -122,28 +169,31 @@ def _scan_bwd(chunk_size, reverse, normalize, residuals, cotangents):
 _scan.defvjp(_scan_fwd, _scan_bwd)
 
 
-def _chunk(normalize, state, tokens, weights, scale):
+def _chunk(kernel, state, tokens, weights, scale):
     """The state after a chunk and the chunk's outputs, from the state before it.
 
     `tokens` are the query `[B, C, N, H]`, key and value with their K heads, and the log
-    decay if it varies by token; else `weights`, made of it, serve every chunk.
+    decay if it varies by token; else `weights`, made of it, serve every chunk. `ones`,
+    if there are, make the outputs means.
     """
-    query, key, value, log_decay = tokens
+    query, key, value, log_decay, ones = tokens
     num_heads = query.shape[2]
     q, k, v = (_heads_first(x, num_heads) for x in (query, key, value))
-    if normalize:
-        v = append_ones(v)
+    if ones is not None:
+        v = jnp.concatenate([v, _heads_first(ones, num_heads)], axis=-1)
 
     if log_decay is None or log_decay.ndim == 3:
         if weights is None:
             weights = _head_weights(jnp.swapaxes(log_decay, 1, 2), scale)
-        out = (weights.within * (q @ k.mT)) @ v + weights.entering * (q @ state)
+        within = weights.within * kernel.weight(q @ k.mT, q.shape[-1])
+        q, k = kernel.features(q), kernel.features(k)
+        out = within @ v + weights.entering * (q @ state)
     else:
         log_decay = _heads_first(log_decay, num_heads)
         inside, weights = _channel_decay(q, k, v, log_decay, scale)
         out = inside + (weights.entering * q) @ state
     state = weights.across * state + (weights.leaving * k).mT @ v
-    if normalize:
+    if ones is not None:
         out = divide_by_last(out)
     return state, jnp.swapaxes(out, 1, 2)
 

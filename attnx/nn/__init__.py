@@ -22,4 +22,5 @@ from attnx.nn.select import DHSAMixer as DHSAMixer
 from attnx.nn.select import MoBAMixer as MoBAMixer
 from attnx.nn.select import VMoBAMixer as VMoBAMixer
 from attnx.nn.superlinear import SuperlinearMixer as SuperlinearMixer
+from attnx.nn.taylor import TaylorMixer as TaylorMixer
 from attnx.nn.window import WindowMixer as WindowMixer
