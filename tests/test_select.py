@@ -228,6 +228,33 @@ def test_routed_attention_is_attention_under_the_choice(name):
     assert_matches(routed(choice, "xla"), routed(choice, "reference"), arrays)
 
 
+@pytest.mark.parametrize("name", ["top k", "head"])
+def test_heads_may_be_routed_in_turn(name, monkeypatch):
+    monkeypatch.setattr("attnx.select.routed._PAIRS", 1)
+    arrays = normal(1, (B, T, N, H), (B, T, K, H), (B, T, K, H))
+    choice = CHOICES[name](scores())
+    assert_matches(routed(choice, "xla"), routed(choice, "reference"), arrays)
+
+
+def test_long_blocks_are_visited_in_steps():
+    """300 tokens in steps of 128, of which the last is short; the last block too."""
+    query, key, value = normal(1, (1, 20, 2, 8), *[(1, 700, 1, 8)] * 2)
+    blocks = select.Blocks.regular(700, 300)
+    scores = select.block_scores(query, select.pool_mean(key, blocks))
+    choice = select.top_k_blocks(scores, 2)
+    run = lambda implementation: select.routed_attention(
+        query,
+        key,
+        value,
+        choice,
+        blocks,
+        block_size=300,
+        implementation=implementation,
+        return_residual=True,
+    )
+    chex.assert_trees_all_close(run("xla"), run("reference"), atol=2e-6)
+
+
 @pytest.mark.parametrize("scope", ["row", "layer"])
 def test_blocks_of_any_length_are_routed(scope):
     """Ragged, shorter than the others, and with padding in none."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attnx.softmax.mask import Mask, mask_class
 
@@ -33,7 +34,7 @@ class Chosen(Mask):
     """
 
     tiles: jax.Array
-    ids: jax.Array
+    ids: jax.Array | np.ndarray
 
     def __call__(self, batch, head, query, key):
         block = self._ids(batch, key)

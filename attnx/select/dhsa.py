@@ -156,9 +156,9 @@ def dhsa_mask(
     ranked = jnp.take_along_axis(sizes, order, -1)
     better = jnp.take_along_axis(jnp.cumsum(ranked, -1) - ranked, rank, -1)
     own_rank = jnp.diagonal(rank, axis1=-2, axis2=-1)[..., None]
-    mask = ChunkBudget(
-        chunks.ids, first, jnp.where(valid, budget - better, 0), rank > own_rank
-    )
+    ids, first = jnp.asarray(chunks.ids), jnp.asarray(first)
+    left = jnp.where(valid, budget - better, 0)
+    mask = ChunkBudget(ids, first, left, rank > own_rank)
     return mask if segment_ids is None else mask & Segments(segment_ids)
 
 

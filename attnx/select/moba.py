@@ -196,10 +196,11 @@ class _Cut(NamedTuple):
         own = index - (index - document) % block_size
         last = own + block_size - 1
         count = length // block_size
-        numpy = np if segment_ids is None else jnp
-        ends = numpy.take_along_axis(document, numpy.minimum(last, length - 1), 1)
-        is_full = (last < length) & (ends == document)
-        ids = numpy.where(is_full, own // block_size, count).astype(np.int32)
+        is_full = last < length
+        if segment_ids is not None:
+            ends = jnp.take_along_axis(document, jnp.minimum(last, length - 1), 1)
+            is_full &= ends == document
+        ids = count + (own // block_size - count) * is_full
         return cls(document, own, block_size, Blocks(ids, count))
 
 
