@@ -104,8 +104,9 @@ def top_blocks(
                     left = jnp.where(is_best, -jnp.inf, left)
                     entry = score, step * BLOCKS - found.astype(jnp.int32)
                     for j, other in enumerate(best):
-                        is_better = entry[0] > other[0]
-                        pick = functools.partial(jnp.where, is_better)
+                        # Compared with what came in, not with what it pushed on:
+                        # of equals the earlier stays before the later.
+                        pick = functools.partial(jnp.where, score > other[0])
                         best[j] = tuple(map(pick, entry, other))
                         entry = tuple(map(pick, other, entry))
                 return tuple(best)
