@@ -36,6 +36,9 @@ _BEAM = {"problem": "tsp", "beam_width": 16}
 PRESETS = {
     "hull": _preset("hull", 30_000, **_sizes(50)),
     "hull-range": _preset("hull-range", 30_000, **_RANGE),
+    "hull-range-attention": _preset(
+        "hull-range-attention", 25_000, "attention", **_RANGE
+    ),
     "hull-attention": _preset("hull-attention", 25_000, "attention", **_sizes(50)),
     "delaunay": _preset("delaunay", 30_000, problem="delaunay", **_sizes(10)),
     "delaunay-5": _preset("delaunay-5", 40_000, problem="delaunay", **_sizes(5)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from types import ModuleType
 
 import jax
 import numpy as np
@@ -36,24 +37,19 @@ class Problem:
     any_length: bool = True
 
 
+def _problem(module: ModuleType, **options) -> Problem:
+    return Problem(
+        module.max_symbols,
+        module.label,
+        module.solve,
+        module.measure,
+        module.polygons,
+        **options,
+    )
+
+
 PROBLEMS = {
-    "hull": Problem(
-        hull.max_symbols, hull.label, hull.solve, hull.measure, hull.polygons
-    ),
-    "delaunay": Problem(
-        delaunay.max_symbols,
-        delaunay.label,
-        delaunay.solve,
-        delaunay.measure,
-        delaunay.polygons,
-    ),
-    "tsp": Problem(
-        tsp.max_symbols,
-        tsp.label,
-        tsp.solve,
-        tsp.measure,
-        tsp.polygons,
-        allowed=tours,
-        any_length=False,
-    ),
+    "hull": _problem(hull),
+    "delaunay": _problem(delaunay),
+    "tsp": _problem(tsp, allowed=tours, any_length=False),
 }
