@@ -179,11 +179,11 @@ def _experiment(name: str, *pattern: str) -> RecallExperiment:
         window=16,
     )
     training = TrainConfig(
-        steps=8000,
+        steps=5000,
         learning_rate=3e-3,
-        warmup_steps=400,
-        validate_every=400,
-        save_every=4000,
+        warmup_steps=200,
+        validate_every=200,
+        save_every=2000,
         steps_per_call=40,
     )
     return RecallExperiment(pathlib.Path("runs") / name, model, training)

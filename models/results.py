@@ -89,11 +89,12 @@ SECTIONS = (
         "Accuracy of the values named by queries in 5120 sequences that hold 4 to 64 "
         "pairs of key and value in 256 tokens, out of a vocabulary of 8192: the task "
         "of Zoology (arXiv:2312.04927) and Based. All have two layers of a short "
-        "convolution and the mixer, D = 64. Plain linear attention should fall short.",
+        "convolution and the mixer, D = 64. Plain linear attention should fall short "
+        "where pairs are many.",
         {
             "recall-softmax": Target("accuracy", at_least=0.99),
             "recall-based": Target("accuracy", at_least=0.95),
-            "recall-linear": Target("accuracy", at_most=0.9),
+            "recall-linear": Target("accuracy, 64 pairs", at_most=0.9),
         },
     ),
 )
@@ -104,7 +105,16 @@ What each experiment should reach and what it did. `python -m models train NAME`
 in `models/results`, and `python -m models results` writes this page from there.
 Minutes are those of training, compilation included.
 """
-COLUMNS = ("experiment", "target", "reached", "seed", "minutes", "where", "command")
+COLUMNS = (
+    "experiment",
+    "target",
+    "reached",
+    "also measured",
+    "seed",
+    "minutes",
+    "where",
+    "command",
+)
 
 
 def record(name: str, experiment: Any, measures: dict[str, float], commit: str) -> None:
@@ -176,7 +186,7 @@ def page() -> str:
                 lines += [_reached(target, result) for result in results]
             else:
                 command = f"`python -m models train {name}`"
-                lines.append(_row(name, target, "not run yet", "", "", "", command))
+                lines.append(_row(name, target, "not run yet", "", "", "", "", command))
         lines.append("")
     return "\n".join([*lines, *_speed(read("speed-*.json"))]) + "\n"
 
@@ -184,10 +194,16 @@ def page() -> str:
 def _reached(target: Target, result: dict[str, Any]) -> str:
     value = result["measures"][target.measure]
     missed = "" if target.reached(value) else ", missed"
+    others = [
+        f"{name} {other:.3f}"
+        for name, other in result["measures"].items()
+        if name != target.measure
+    ]
     return _row(
         f"[{result['experiment']}](../models/results/{result['path'].name})",
         target,
         f"{value:.3f}{missed}",
+        "; ".join(others),
         result["seed"],
         f"{result['minutes']:.1f}",
         _where(result),

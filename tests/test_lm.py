@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from helpers import shaken
 
+from attnx.nn import SRMSNorm
 from models.layers import GatedConvolution
 from models.lm import LM, LMConfig
 from models.token_mixers import TOKEN_MIXERS
@@ -66,3 +67,13 @@ def test_short_convolution_is_that_of_flax():
     mixed = nnx.silu(convolution(layer.input(x))) * layer.gate(x)
     chex.assert_trees_all_close(layer(x), layer.out(mixed), atol=1e-5)
     assert abs(layer(x)).max() > 1e-2
+
+
+def test_tied_embedding_makes_the_logits(tokens):
+    """New layers add nothing to the embedding, which then is what the logits see."""
+    config = dataclasses.replace(TINY, pattern=("linear",), tie_embeddings=True)
+    model = LM(config, rngs=nnx.Rngs(0))
+    table = model.embed.embedding[...]
+    wanted = SRMSNorm()(table[tokens]) @ table.T
+    chex.assert_trees_all_close(jax.jit(model)(tokens), wanted, atol=1e-5)
+    assert not any("head" in path for path, _ in nnx.to_flat_state(nnx.state(model)))
