@@ -15,6 +15,7 @@ import tyro
 
 from models import anchors, data, runs, text
 from models import demo as demonstration
+from models.mesh import make_mesh
 from models.plot import plot
 from models.presets import PRESETS
 from models.train import load, train
@@ -51,11 +52,17 @@ def main() -> None:
         sys.exit(str(error))
 
 
-def train_model(experiment: Experiment) -> None:
-    """Train a model, or go on from its last checkpoint."""
+def train_model(experiment: Experiment, mesh: str | None = None) -> None:
+    """Train a model, or go on from its last checkpoint.
+
+    Args:
+      experiment: what to train.
+      mesh: devices, such as data=4,context=2, that share batches and sequences.
+    """
+    devices = None if mesh is None else make_mesh(mesh)
     folder = runs.claim(experiment)
     task = experiment.task()
-    train(task, experiment.training, folder)
+    train(task, experiment.training, folder, devices)
     print(plot(folder, task.marks, task.unit))
 
 
