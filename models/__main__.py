@@ -17,6 +17,7 @@ from benchmarks.measure import provenance
 from models import anchors, data, recall, results, runs, text, vision
 from models import demo as demonstration
 from models import speed as generation
+from models.mesh import make_mesh
 from models.plot import plot
 from models.pointer import presets as pointer_presets
 from models.pointer.picture import draw_answers
@@ -67,11 +68,17 @@ def main() -> None:
         sys.exit(str(error))
 
 
-def train_model(experiment: Experiment) -> None:
-    """Train a model, or go on from its last checkpoint."""
+def train_model(experiment: Experiment, mesh: str | None = None) -> None:
+    """Train a model, or go on from its last checkpoint.
+
+    Args:
+      experiment: what to train.
+      mesh: devices, such as data=4,context=2, that share batches and sequences.
+    """
+    devices = None if mesh is None else make_mesh(mesh)
     folder = runs.claim(experiment)
     task = experiment.task()
-    train(task, experiment.training, folder)
+    train(task, experiment.training, folder, devices)
     print(plot(folder, task.marks, task.unit))
 
 

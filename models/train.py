@@ -25,6 +25,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from attnx._checks import expect
+from models import mesh as meshes
 from models.checkpoint import Checkpoints
 from models.runs import RunError
 
@@ -105,7 +106,12 @@ class TrainState(NamedTuple):
     optimizer: optax.OptState
 
 
-def train(task: Task[Model], config: TrainConfig, folder: pathlib.Path) -> Model:
+def train(
+    task: Task[Model],
+    config: TrainConfig,
+    folder: pathlib.Path,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Model:
     """Trains a model, or goes on from the folder's last checkpoint.
 
     However often a run is stopped and resumed, its parameters come out the same, bit
@@ -115,17 +121,27 @@ def train(task: Task[Model], config: TrainConfig, folder: pathlib.Path) -> Model
       task: the model, its loss and its data.
       config: how to train.
       folder: of the run. It gets `checkpoints/` and `metrics.jsonl`, one line a step.
+      mesh: of `models.mesh.make_mesh`, to train on many devices; another than before is
+        as good, and gives the same up to rounding.
 
     Returns:
-      The trained model.
+      The trained model, on one device.
 
     Raises:
       Interrupted: Ctrl-C or SIGTERM came; a checkpoint of the last step is there.
       DamagedCheckpoint: the last checkpoint cannot be read.
     """
     graph, params, constants = _split(task, config)
+    whole = graph
     optimizer = _optimizer(config)
     state, start = TrainState(params, optimizer.init(params)), 0
+    stays: Any = None
+    if mesh is not None:
+        model = nnx.merge(graph, params, constants)
+        meshes.attend_in_pieces(model, mesh)
+        graph = nnx.graphdef(model)
+        stays = meshes.of_state(mesh, state)
+        state = jax.device_put(state, stays)
     checkpoints = Checkpoints(folder / "checkpoints")
     if checkpoints.latest is not None:
         state, start = checkpoints.restore(state), checkpoints.latest
@@ -141,20 +157,28 @@ def train(task: Task[Model], config: TrainConfig, folder: pathlib.Path) -> Model
         params = optax.apply_updates(state.params, changes)
         return TrainState(params, optimizer_state), value
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(stays, None))
     def update(state: TrainState, batches: Any) -> tuple[TrainState, jax.Array]:
         return jax.lax.scan(step, state, batches)
+
+    def trained() -> Model:
+        params = state.params
+        if mesh is not None:
+            params = jax.device_put(params, jax.devices()[0])
+        return nnx.merge(whole, params, constants)
 
     metrics = _Metrics(folder / "metrics.jsonl", start, config.steps, task.tokens)
     with _stop_requests() as stop_requested, metrics:
         for first in range(start, config.steps, config.steps_per_call):
             done = first + config.steps_per_call
             batches = [task.batch(i) for i in range(first, done)]
-            state, losses = update(state, jax.tree.map(_stack, *batches))
+            stacked = jax.tree.map(_stack, *batches)
+            if mesh is not None:
+                stacked = jax.device_put(stacked, meshes.of_batches(mesh, stacked))
+            state, losses = update(state, stacked)
             last, validation = done == config.steps, None
             if last or done % config.validate_every == 0:
-                model = nnx.merge(graph, state.params, constants)
-                validation = task.validate(model)
+                validation = task.validate(trained())
             metrics.add(losses, validation)
             stop = stop_requested()
             if last or stop or done % config.save_every == 0:
@@ -165,7 +189,7 @@ def train(task: Task[Model], config: TrainConfig, folder: pathlib.Path) -> Model
                     f"stopped after step {done} of {config.steps}; the same command "
                     f"goes on from {path}."
                 )
-    return nnx.merge(graph, state.params, constants)
+    return trained()
 
 
 def load(task: Task[Model], config: TrainConfig, folder: pathlib.Path) -> Model:

@@ -213,7 +213,7 @@ def assert_close(got, want):
     ("fn", "kind"),
     [
         *((fn, AxisType.Explicit) for fn in CASES),
-        *((fn, AxisType.Auto) for fn in ENGINES),
+        *((fn, AxisType.Auto) for fn in (ENGINES[0], ENGINES[-1])),
     ],
     ids=lambda x: getattr(x, "__name__", str(x)),
 )

@@ -39,6 +39,10 @@ class LinearMixer(Mixer):
       normalize: divide by the sum of the weights.
       implementation: as in `attnx.linear_attention`.
 
+    Attributes:
+      attend: what attends to whole sequences, `linear_attention` or such as
+        `parallel.sharded(parallel.linear_attention)`; set it for a layer under a mesh.
+
     Example:
       >>> from attnx.linear.feature_maps import elu_plus_one
       >>> from attnx.nn import LinearMixer
@@ -61,10 +65,11 @@ class LinearMixer(Mixer):
         self.scale = scale
         self.normalize = normalize
         self.implementation = implementation
+        self.attend = linear_attention
 
     def __call__(self, query, key, value, *, inputs=None, segment_ids=None):
         query, key = self._features(query, key)
-        return linear_attention(
+        return self.attend(
             query,
             key,
             value,

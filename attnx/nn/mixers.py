@@ -74,6 +74,10 @@ class SoftmaxMixer(Mixer):
       scale: multiplies the scores; `H ** -0.5` by default.
       implementation: as in `attnx.dot_product_attention`.
 
+    Attributes:
+      attend: what attends to whole sequences, `dot_product_attention` or such as
+        `parallel.sharded(parallel.ring_attention)`; set it for a layer under a mesh.
+
     Example:
       >>> from attnx import masks
       >>> from attnx.nn import SoftmaxMixer
@@ -97,6 +101,7 @@ class SoftmaxMixer(Mixer):
         self._mask_arrays = nnx.data(tuple(x for x, number in pairs if not number))
         self.scale = scale
         self.implementation = implementation
+        self.attend = dot_product_attention
 
     @property
     def mask(self) -> masks.Mask:
@@ -108,7 +113,7 @@ class SoftmaxMixer(Mixer):
         mask = self.mask
         if segment_ids is not None:
             mask = mask & masks.Segments(segment_ids)
-        return dot_product_attention(
+        return self.attend(
             query,
             key,
             value,
