@@ -114,9 +114,9 @@ def sequences(
       ValueError: pairs for which there is no room, or no vocabulary.
 
     Example:
-      >>> tokens, labels = sequences(jax.random.key(0), 3, 16, (2, 4), 20)
+      >>> tokens, labels = sequences(jax.random.key(0), 3, 16, (4,), 20)
       >>> tokens.shape, (labels >= 10).sum(1).tolist()
-      ((3, 16), [2, 2, 4])
+      ((3, 16), [4, 4, 4])
     """
     fit = max(pairs) <= min(length // 4, vocab_size // 2 - 1)
     wanted = f"at most {length // 4} and {vocab_size // 2 - 1}"
