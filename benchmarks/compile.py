@@ -141,6 +141,8 @@ def cases() -> Iterator[tuple[str, Callable, tuple]]:
                 (tokens,) * 3,
             )
         if size <= 128:
+            decays = jax.ShapeDtypeStruct(tokens.shape, jnp.float32)
+            yield f"linear by channel H{size}", _by_channel, (*(tokens,) * 3, decays)
             small = _bfloat16(2, 4096, 8, 16)
             taylor = functools.partial(attnx.taylor_attention, implementation="pallas")
             yield f"taylor V{size}", taylor, (small, small, tokens)
@@ -214,6 +216,12 @@ def _of_decay(query, key, value, log_decay):
 
     out, pull = jax.vjp(attention, log_decay)
     return pull(out)
+
+
+def _by_channel(query, key, value, log_decay):
+    return attnx.linear_attention(
+        query, key, value, log_decay=log_decay, implementation="pallas"
+    )
 
 
 def _segments(query, key, value, ids):
