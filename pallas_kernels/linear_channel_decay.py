@@ -74,7 +74,7 @@ def linear_channel_scan(
             own = pl.ds(wg * columns, columns)
             scale = scale_g[row_of(scale_g, b)]
             high_s, low_s = both_s.at[wg, 0], both_s.at[wg, 1]
-            scaled_s_ = scaled_s.at[wg]
+            keys_s = scaled_s.at[wg]
 
             def here(name):
                 return tokens_s[name].at[0]
@@ -102,10 +102,9 @@ def linear_channel_scan(
             def decayed(which, part):
                 """By what the log decays of the tokens `which` decay, by channel."""
                 which = jnp.where(which, 1.0, 0.0).astype(dtype)
+                both = (ref.at[:, part] for ref in (high_s, low_s))
                 total = mosaic.full((CHUNK, _PART), 0.0, TILE)
-                for ref in (high_s, low_s):
-                    total = mosaic.accumulated(total, which, ref.at[:, part])
-                return jnp.exp2(total)
+                return jnp.exp2(mosaic.accumulated(total, which, *both))
 
             def tokens(name, part):
                 return mosaic.load(here(name).at[:, part], TILE).astype(jnp.float32)
@@ -121,10 +120,10 @@ def linear_channel_scan(
                     part = pl.ds(n * _PART, _PART)
                     weights = decayed(which, part)
                     keys = (tokens("key", part) * weights).astype(dtype)
-                    scaled_s_.at[:, part][...] = keys
+                    keys_s.at[:, part][...] = keys
                     plgpu.commit_smem()
                     q = (tokens("query", part) * weights).astype(dtype)
-                    keys = mosaic.transposed(scaled_s_.at[:, part])
+                    keys = mosaic.transposed(keys_s.at[:, part])
                     return mosaic.accumulated(scores, q, keys)
 
                 plgpu.commit_smem()  # All have read what was there.
@@ -170,7 +169,7 @@ def linear_channel_scan(
                     part = pl.ds(n * _PART, _PART)
                     i, j = pairs()
                     keys = tokens("key", part) * decayed(j > i, part)
-                    scaled_s_.at[:, part][...] = keys.astype(dtype)
+                    keys_s.at[:, part][...] = keys.astype(dtype)
 
                 plgpu.commit_smem()
                 values, left = here("value").at[:, own], []
@@ -182,7 +181,7 @@ def linear_channel_scan(
                         for ref in (high_s, low_s)
                     )
                     old = old * mosaic.along(jnp.exp2(total), 0, old.shape)
-                    keys = mosaic.load_transposed(scaled_s_.at[:, tile])
+                    keys = mosaic.load_transposed(keys_s.at[:, tile])
                     left.append(mosaic.accumulated(old, keys, values))
                 return tuple(left)
 
