@@ -145,6 +145,8 @@ def cases() -> Iterator[tuple[str, Callable, tuple]]:
                 select.moba_attention, block_size=128, top_k=8, implementation="pallas"
             )
             yield f"moba H{size}", blocks, (tokens,) * 3
+            decays = jax.ShapeDtypeStruct(tokens.shape, jnp.float32)
+            yield f"linear by channel H{size}", _by_channel, (*(tokens,) * 3, decays)
             small = _bfloat16(2, 4096, 8, 16)
             taylor = functools.partial(attnx.taylor_attention, implementation="pallas")
             yield f"taylor V{size}", taylor, (small, small, tokens)
@@ -218,6 +220,12 @@ def _of_decay(query, key, value, log_decay):
 
     out, pull = jax.vjp(attention, log_decay)
     return pull(out)
+
+
+def _by_channel(query, key, value, log_decay):
+    return attnx.linear_attention(
+        query, key, value, log_decay=log_decay, implementation="pallas"
+    )
 
 
 def _segments(query, key, value, ids):

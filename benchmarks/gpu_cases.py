@@ -40,6 +40,7 @@ def cases() -> Iterator[Case]:
     for batch, length, heads in ((8, 2048, 16), (4, 4096, 32), (1, 16384, 32)):
         yield linear("per head", batch, length, heads, 128)
     yield linear("per token", 4, 4096, 32, 128)
+    yield linear("per channel", 4, 4096, 32, 128)
     for batch, length in ((8, 16384), (1, 131072)):
         yield linear("per head", batch, length, 16, 128)
     for bits in (10, 12, 14, 16, 18, 20):
@@ -250,19 +251,24 @@ def linear(kind: str, batch: int, length: int, heads: int, size: int) -> Case:
     shapes, candidates = (tokens,) * 3, {}
     if kind == "per token":
         shapes += (tokens[:3],)
+    elif kind == "per channel":
+        shapes += (tokens,)
     else:
         candidates["chunked_einsum"] = lambda query, key, value: peers.chunked_einsum(
             query, key, value, attnx.decay.retnet(heads)
         )
 
     def attention(query, key, value, log_decay=None, *, implementation):
-        log_decay = attnx.decay.retnet(heads) if log_decay is None else log_decay
+        if log_decay is None:
+            log_decay = attnx.decay.retnet(heads)
+        elif kind == "per channel":  # As in Gated Linear Attention, from any number.
+            log_decay = jax.nn.log_sigmoid(log_decay.astype(jnp.float32)) / 16
         return attnx.linear_attention(
             query, key, value, log_decay=log_decay, implementation=implementation
         )
 
     def copy(query, key, *_):
-        # As many bytes read and written as attention reads and writes.
+        # As many bytes read and written as attention reads and writes, but of decays.
         return -query, -key
 
     def softmax(query, key, value, *_):

@@ -11,6 +11,8 @@ Each of two warpgroups serves half of the values, and waits for the other never.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -22,8 +24,10 @@ from pallas_kernels.linear_attention import Stream, row_of
 from pallas_kernels.mosaic import ROW, TILE
 
 CHUNK = 64
-# Channels that are worked on at a time.
-_PART = 64
+# Channels that are worked on at a time, and rows of the state in one tile.
+_PART, _ROWS = 32, 64
+# In bytes, so that `_PART` is a whole tile.
+_SWIZZLE = 64
 _LEVELS = 6  # CHUNK is 2 to it.
 # Key size times value size: half of the state fills a warpgroup's registers.
 LARGEST = 128 * 128
@@ -51,7 +55,8 @@ def linear_channel_scan(
     length, dtype = key.shape[1], key.dtype
     chunks = length // CHUNK
     columns = value_size // 2
-    parts = [pl.ds(channel, _PART) for channel in range(0, size, _PART)]
+    parts = size // _PART
+    tiles = [pl.ds(row, _ROWS) for row in range(0, size, _ROWS)]
     stages = 1  # all that shared memory has room for
     inputs = {"query": query, "key": key, "value": value, "decay": log2_decay}
 
@@ -69,7 +74,7 @@ def linear_channel_scan(
             own = pl.ds(wg * columns, columns)
             scale = scale_g[row_of(scale_g, b)]
             high_s, low_s = both_s.at[wg, 0], both_s.at[wg, 1]
-            scaled_s_ = scaled_s.at[wg]
+            keys_s = scaled_s.at[wg]
 
             def here(name):
                 return tokens_s[name].at[0]
@@ -82,21 +87,24 @@ def linear_channel_scan(
 
             def split():
                 """Log decays as sums of two numbers that products can read."""
-                for part in parts:
+
+                @pl.loop(0, parts)
+                def _(n):
+                    part = pl.ds(n * _PART, _PART)
                     decay = mosaic.load(here("decay").at[:, part], TILE)
                     high = decay.astype(dtype)
                     high_s.at[:, part][...] = high
                     low = decay - high.astype(jnp.float32)
                     low_s.at[:, part][...] = low.astype(dtype)
+
                 plgpu.commit_smem()
 
             def decayed(which, part):
                 """By what the log decays of the tokens `which` decay, by channel."""
                 which = jnp.where(which, 1.0, 0.0).astype(dtype)
+                both = (ref.at[:, part] for ref in (high_s, low_s))
                 total = mosaic.full((CHUNK, _PART), 0.0, TILE)
-                for ref in (high_s, low_s):
-                    total = mosaic.accumulated(total, which, ref.at[:, part])
-                return jnp.exp2(total)
+                return jnp.exp2(mosaic.accumulated(total, which, *both))
 
             def tokens(name, part):
                 return mosaic.load(here(name).at[:, part], TILE).astype(jnp.float32)
@@ -112,24 +120,28 @@ def linear_channel_scan(
                     part = pl.ds(n * _PART, _PART)
                     weights = decayed(which, part)
                     keys = (tokens("key", part) * weights).astype(dtype)
-                    scaled_s_.at[:, part][...] = keys
+                    keys_s.at[:, part][...] = keys
                     plgpu.commit_smem()
                     q = (tokens("query", part) * weights).astype(dtype)
-                    keys = mosaic.transposed(scaled_s_.at[:, part])
+                    keys = mosaic.transposed(keys_s.at[:, part])
                     return mosaic.accumulated(scores, q, keys)
 
                 plgpu.commit_smem()  # All have read what was there.
                 scores = mosaic.full((CHUNK, CHUNK), 0.0, TILE)
-                scores = lax.fori_loop(0, len(parts), product, scores)
+                scores = lax.fori_loop(0, parts, product, scores)
                 paired = (i >> (n + 1) == j >> (n + 1)) & ((i >> n) > (j >> n))
                 return p + jnp.where(paired, scores, 0.0)
 
             def itself():
                 """The weight of each token for itself: no decay."""
-                total = mosaic.full((CHUNK,), 0.0, ROW)
-                for part in parts:
+
+                def add(n, total):
+                    part = pl.ds(n * _PART, _PART)
                     both = tokens("query", part) * tokens("key", part)
-                    total = total + both.sum(axis=1)
+                    return total + both.sum(axis=1)
+
+                total = mosaic.full((CHUNK,), 0.0, ROW)
+                total = lax.fori_loop(0, parts, add, total)
                 i, j = pairs()
                 return jnp.where(i == j, mosaic.along(total, 0, i.shape), 0.0)
 
@@ -146,32 +158,36 @@ def linear_channel_scan(
                     entering = state_s.at[part, own]
                     return mosaic.accumulated(out, q.astype(dtype), entering)
 
-                return lax.fori_loop(0, len(parts), before, out) * scale
+                return lax.fori_loop(0, parts, before, out) * scale
 
             def after(state):
                 """What leaves the chunk."""
                 plgpu.commit_smem()  # All have read what was there.
-                for part in parts:
+
+                @pl.loop(0, parts)
+                def _(n):
+                    part = pl.ds(n * _PART, _PART)
                     i, j = pairs()
                     keys = tokens("key", part) * decayed(j > i, part)
-                    scaled_s_.at[:, part][...] = keys.astype(dtype)
+                    keys_s.at[:, part][...] = keys.astype(dtype)
+
                 plgpu.commit_smem()
                 values, left = here("value").at[:, own], []
-                for part, old in zip(parts, state, strict=True):
+                for tile, old in zip(tiles, state, strict=True):
                     total = sum(
-                        mosaic.load_transposed(ref.at[:, part])
+                        mosaic.load_transposed(ref.at[:, tile])
                         .astype(jnp.float32)
                         .sum(axis=1)
                         for ref in (high_s, low_s)
                     )
                     old = old * mosaic.along(jnp.exp2(total), 0, old.shape)
-                    keys = mosaic.load_transposed(scaled_s_.at[:, part])
+                    keys = mosaic.load_transposed(keys_s.at[:, tile])
                     left.append(mosaic.accumulated(old, keys, values))
                 return tuple(left)
 
             def publish(state):
-                for part, x in zip(parts, state, strict=True):
-                    state_s.at[part, own][...] = x.astype(dtype)
+                for tile, x in zip(tiles, state, strict=True):
+                    state_s.at[tile, own][...] = x.astype(dtype)
                 plgpu.commit_smem()
 
             def step(n, state):
@@ -190,12 +206,12 @@ def linear_channel_scan(
                 return state
 
             state = tuple(
-                mosaic.load(state_g.at[b, h, part, own], TILE) for part in parts
+                mosaic.load(state_g.at[b, h, tile, own], TILE) for tile in tiles
             )
             publish(state)
             state = lax.fori_loop(0, chunks, step, state)
-            for part, x in zip(parts, state, strict=True):
-                last_g.at[b, h, part, own][...] = x
+            for tile, x in zip(tiles, state, strict=True):
+                last_g.at[b, h, tile, own][...] = x
             plgpu.wait_smem_to_gmem(0)
 
         def produce():
@@ -211,12 +227,11 @@ def linear_channel_scan(
         pl.when(wg < 2)(consume)
         pl.when(wg == 2)(produce)
 
-    # Half of the values is what one warpgroup reads.
-    swizzle = mosaic.swizzle_of(columns, dtype)
+    tiled = functools.partial(mosaic.tiled, dtype=dtype, swizzle=_SWIZZLE)
     buffers = {
-        "query": mosaic.tiled((stages, CHUNK, size), dtype),
-        "key": mosaic.tiled((stages, CHUNK, size), dtype),
-        "value": mosaic.tiled((stages, CHUNK, value_size), dtype, swizzle),
+        "query": tiled((stages, CHUNK, size)),
+        "key": tiled((stages, CHUNK, size)),
+        "value": tiled((stages, CHUNK, value_size)),
         "decay": mosaic.tiled((stages, CHUNK, size), jnp.float32),
     }
     return mosaic.call(
@@ -228,10 +243,10 @@ def linear_channel_scan(
         ),
         scratch=[
             *Stream.scratch(buffers),
-            mosaic.tiled((2, 2, CHUNK, size), dtype),
-            mosaic.tiled((2, CHUNK, size), dtype),
-            mosaic.tiled((size, value_size), dtype, swizzle),
-            mosaic.tiled((2, CHUNK, columns), dtype, swizzle),
+            tiled((2, 2, CHUNK, size)),
+            tiled((2, CHUNK, size)),
+            tiled((size, value_size)),
+            tiled((2, CHUNK, columns)),
         ],
         grid=(heads, batch),
         grid_names=("h", "b"),

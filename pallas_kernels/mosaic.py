@@ -213,13 +213,18 @@ def product(a, b, *, after=lambda: None):
     return pl.run_scoped(issue, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
 
 
-def accumulated(acc, a, b):
-    """`acc + a b`, for registers `a` and shared memory `b`."""
+def accumulated(acc, a, *bs):
+    """`acc + a b` for each `b`, for registers `a` and shared memory `bs`."""
     if interpreted():
-        result = acc + plain(a) @ plain(b)
+        result = sum((plain(a) @ plain(b) for b in bs), acc)
         plgpu.commit_smem()
         return result
-    return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(acc))
+
+    def run(ref):
+        for b in bs:
+            plgpu.wgmma(ref, a, b)
+
+    return pl.run_state(run)(plgpu.ACC.init(acc))
 
 
 def overlapped(first, second, *, issued, meanwhile):

@@ -1,13 +1,8 @@
 """Taylor attention on Hopper: the second order of exp, its features in registers.
 
 As in `linear_attention.py`, one block of threads walks the chunks of one head and two
-warpgroups hold the state, here half of the values each. A feature is a product of two
-linear forms of a token,
-
-    feature_f(x) = (left_f . x + [f = 0]) (right_f . x + [f <= SIZE]),
-
-so that two matrix products make as many features as there are registers for, and,
-transposed, their gradients. Each is used at once as the left operand of a product.
+warpgroups hold the state, here half of the values each. Features are made in registers
+(`taylor_features.py`), each used at once as the left operand of a product.
 """
 
 from __future__ import annotations
@@ -19,27 +14,12 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from pallas_kernels import mosaic
 from pallas_kernels.linear_attention import CHUNK, ROWS, Stream, inverse
 from pallas_kernels.mosaic import COL, ROW, TILE
-
-SIZE = 16
-FEATURES = 1 + SIZE + SIZE * (SIZE + 1) // 2
-# Rows of the state, in tiles of a product's height; those beyond FEATURES stay 0.
-_TILES = tuple(pl.ds(row, ROWS) for row in range(0, FEATURES, ROWS))
-STATE_ROWS = ROWS * len(_TILES)
-# Features of queries are made so many at a time.
-_PART = 32
-_PARTS = -(-FEATURES // _PART)
-# Features of queries and keys differ where x_i^2 would need a root of 2.
-_LEFT, _OF_QUERY, _OF_KEY = range(3)
-SQUARES = slice(1 + SIZE, 1 + 2 * SIZE)
-# A feature of keys is that of `attnx.feature_maps.taylor` times this.
-KEY_FACTORS = np.ones(FEATURES, np.float32)
-KEY_FACTORS[SQUARES] = 2**0.5
+from pallas_kernels.taylor_features import PART, PARTS, SIZE, TILES, Forms, coefficients
 
 
 class Slope(NamedTuple):
@@ -130,7 +110,7 @@ def taylor_scan(
                 return ref.at[b, h, place, rows]
 
             def publish(state, sums):
-                for tile, part in zip(_TILES, state, strict=True):
+                for tile, part in zip(TILES, state, strict=True):
                     state_s.at[tile, own_columns][...] = part.astype(dtype)
                 write_sums(sums, lambda tile: sums_s.at[tile])
                 plgpu.commit_smem()
@@ -140,7 +120,7 @@ def taylor_scan(
             def write_sums(sums, place):
                 @pl.when(wg == 0)  # Both have them.
                 def _():
-                    for tile, part in zip(_TILES, sums, strict=True):
+                    for tile, part in zip(TILES, sums, strict=True):
                         place(tile)[...] = part
 
             def seen(x, half):
@@ -158,7 +138,7 @@ def taylor_scan(
 
                 def before(n, carry):
                     out, total = carry
-                    part = pl.ds(n * _PART, _PART)
+                    part = pl.ds(n * PART, PART)
                     left, right = forms.of_queries(here["query"].at[own_rows], part)
                     features = left * right
                     if outputs == "quotients":
@@ -179,7 +159,7 @@ def taylor_scan(
 
                 out = mosaic.full((ROWS, value_size), 0.0, TILE)
                 total = mosaic.full((ROWS,), 0.0, ROW)
-                carry = lax.fori_loop(0, _PARTS, before, (out, total))
+                carry = lax.fori_loop(0, PARTS, before, (out, total))
                 return lax.fori_loop(0, 2, within, carry)
 
             def slopes(here):
@@ -197,7 +177,7 @@ def taylor_scan(
                     return x + (own if far is None else own * far)
 
                 def before(n, out):
-                    part = pl.ds(n * _PART, _PART)
+                    part = pl.ds(n * PART, PART)
                     entered = mosaic.transposed(state_s.at[part])
                     by = beside(mosaic.product(near, entered), sums_s.at[part])
                     left, right = forms.of_queries(here["query"].at[own_rows], part)
@@ -213,7 +193,7 @@ def taylor_scan(
                     return mosaic.accumulated(out, by, here["key"].at[half])
 
                 out = mosaic.full((ROWS, SIZE), 0.0, TILE)
-                out = lax.fori_loop(0, _PARTS, before, out)
+                out = lax.fori_loop(0, PARTS, before, out)
                 return lax.fori_loop(0, 2, within, out)
 
             def write(name, x, chunk):
@@ -242,7 +222,7 @@ def taylor_scan(
 
                 parts = [
                     lax.fori_loop(0, 2, functools.partial(added, tile), tuple(carry))
-                    for tile, *carry in zip(_TILES, state, sums, strict=True)
+                    for tile, *carry in zip(TILES, state, sums, strict=True)
                 ]
                 return tuple(zip(*parts, strict=True))
 
@@ -274,14 +254,14 @@ def taylor_scan(
             carry = (
                 tuple(
                     mosaic.load(held(state_g, tile).at[:, own_columns], TILE)
-                    for tile in _TILES
+                    for tile in TILES
                 ),
-                tuple(mosaic.load(held(sums_g, tile), ROW) for tile in _TILES),
+                tuple(mosaic.load(held(sums_g, tile), ROW) for tile in TILES),
             )
             if results:
                 publish(*carry)
             state, sums = lax.fori_loop(0, chunks, step, carry)
-            for tile, part in zip(_TILES, state, strict=True):
+            for tile, part in zip(TILES, state, strict=True):
                 held(last_g, tile).at[:, own_columns][...] = part
             write_sums(sums, functools.partial(held, last_sums_g))
             plgpu.wait_smem_to_gmem(0)
@@ -320,10 +300,10 @@ def taylor_scan(
     if slope:
         results["slope"] = (batch, length, heads, SIZE), dtype
         staged[1] = _tiled((CHUNK, SIZE), dtype)
-    forms = _forms(dtype)
+    forms = coefficients(dtype)
     published = (
-        _tiled((STATE_ROWS, value_size), dtype),
-        plgpu.SMEM((STATE_ROWS,), jnp.float32),
+        _tiled(state.shape[-2:], dtype),
+        plgpu.SMEM(sums.shape[-1:], jnp.float32),
     )
     return mosaic.call(
         body,
@@ -348,57 +328,6 @@ def taylor_scan(
         thread_name="wg",
         kernel_name="taylor_scan" + "_transposed" * transposed,
     )
-
-
-class Forms:
-    """Features in registers, of tokens in shared memory, as products with the forms."""
-
-    def __init__(self, ref):
-        self._ref = ref
-
-    def of_queries(self, tokens, part):
-        """Both factors of part of the features, a row a token."""
-        left, right = (
-            (tokens, mosaic.transposed(self._ref.at[form, part]))
-            for form in (_LEFT, _OF_QUERY)
-        )
-        return self._factors(left, right, part, axis=1)
-
-    def of_keys(self, tokens, part):
-        """Part of the features, a column a token."""
-        tokens = mosaic.transposed(tokens)
-        left, right = ((self._ref.at[form, part], tokens) for form in (_LEFT, _OF_KEY))
-        left, right = self._factors(left, right, part, axis=0)
-        return left * right
-
-    def back(self, out, factors, part):
-        """`out` with gradients of tokens added, given those of queries' factors."""
-        for form, factor in zip((_LEFT, _OF_QUERY), factors, strict=True):
-            rows = self._ref.at[form, part]
-            out = mosaic.accumulated(out, factor.astype(rows.dtype), rows)
-        return out
-
-    @staticmethod
-    def _factors(left, right, part, axis):
-        def ones(x, count):
-            index = part.start + mosaic.iota(x.shape[axis], axis)
-            return x + mosaic.along((index < count).astype(x.dtype), axis, x.shape)
-
-        left, right = mosaic.two_products(left, right, lambda x: ones(x, 1))
-        return left, ones(right, 1 + SIZE)
-
-
-def _forms(dtype) -> jax.Array:
-    """Coefficients `[3, STATE_ROWS, SIZE]`, all exact in bfloat16."""
-    forms = np.zeros((3, STATE_ROWS, SIZE), np.float32)
-    row, column = np.triu_indices(SIZE, 1)
-    each = np.arange(SIZE)
-    first = np.concatenate([each, each, row])
-    second = np.concatenate([each, column])
-    forms[_LEFT, 1 + np.arange(len(first)), first] = 0.5
-    forms[_OF_QUERY:, 1 + SIZE + np.arange(len(second)), second] = 0.5
-    forms[_OF_QUERY, SQUARES] /= 2
-    return jnp.asarray(forms, dtype)
 
 
 def _tiled(shape, dtype):

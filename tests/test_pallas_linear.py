@@ -21,6 +21,7 @@ CASES = {
     "no decay": (1, 1, 256, 128, 128, None, {}),
     "per head, ragged": (2, 1, 200, 64, 64, "head", {}),
     "per token": (1, 1, 256, 64, 128, "token", {}),
+    "per channel, ragged": (2, 1, 200, 64, 64, "channel", {}),
     "documents": (
         1,
         1,
@@ -49,7 +50,8 @@ def arrays(name, dtype="bfloat16"):
         (1, length, key_heads, value_size),
         dtype=dtype,
     )
-    by = {"head": (heads,), "token": (1, length, heads)}.get(decay)
+    each = 1, length, heads
+    by = {"head": (heads,), "token": each, "channel": (*each, size)}.get(decay)
     shape = 1, heads, size, value_size + normalize
     state, *decays = normal(1, shape, *[by] if by else [])
     if normalize:  # As features are.
@@ -173,8 +175,22 @@ def test_a_denominator_of_zero_gives_zero():
     chex.assert_tree_all_finite(gradients)
 
 
-def test_a_short_sequence_is_one_piece():
-    assert calls(attention("pallas"), *arrays("no decay")) == 1
+@pytest.mark.parametrize("name", ["no decay", "per channel, ragged"])
+def test_a_short_sequence_is_one_piece(name):
+    assert calls(attention("pallas"), *arrays(name)) == 1
+
+
+@pytest.mark.skipif(not SINCE_0_11, reason="the detector came with jax 0.11")
+def test_a_decay_by_channel_races_for_no_memory():
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    tokens = [x[:, :128, :1] for x in arrays("per channel, ragged")[:3]]
+    (log_decay,) = normal(2, tokens[0].shape)
+    fn = functools.partial(attnx.linear_attention, implementation="pallas")
+    with mosaic.interpret(detect_races=True):
+        call = jax.jit(lambda *x: fn(*x, log_decay=-jnp.abs(log_decay)))
+        jax.block_until_ready(call(*tokens))
+        assert not gpu_callbacks.get_races().races_found
 
 
 @pytest.mark.parametrize(
@@ -183,7 +199,18 @@ def test_a_short_sequence_is_one_piece():
         ("takes bfloat16 and float16, not float32", "float32", 64, {}),
         ("takes head sizes .*, not 48", "bfloat16", 48, {}),
         ("normalizes .* up to 16384", "bfloat16", 256, {"normalize": True}),
-        ("not per channel", "bfloat16", 64, {"log_decay": jnp.zeros((1, 256, 2, 64))}),
+        (
+            "per channel .* not .256, 256.",
+            "bfloat16",
+            256,
+            {"log_decay": jnp.zeros((1, 256, 2, 256))},
+        ),
+        (
+            "does not normalize with a decay per channel",
+            "bfloat16",
+            64,
+            {"log_decay": jnp.zeros((1, 256, 2, 64)), "normalize": True},
+        ),
     ],
 )
 def test_what_is_not_served_says_why(reason, dtype, size, options):

@@ -76,7 +76,7 @@ def test_xla_matches_the_reference(options):
     assert_matches(*fns, arrays())
 
 
-@pytest.mark.parametrize("length", [1, 5, 64])
+@pytest.mark.parametrize("length", [1, 64])
 def test_any_length(length):
     assert_matches(attention("xla"), attention("reference"), arrays(length))
 
@@ -120,12 +120,13 @@ def test_features_of_all_tokens_are_never_in_memory():
     assert max(sizes) < 4096 * 153
 
 
+@pytest.mark.skipif(not SINCE_0_11, reason="takes long before jax 0.11")
 def test_the_kernel_matches_the_reference():
     with mosaic.interpret():
         assert_matches(
             attention("pallas"),
             attention("reference"),
-            for_kernel(200 if SINCE_0_11 else 128),
+            for_kernel(),
             gradient_error=ERROR,
         )
 
@@ -151,7 +152,8 @@ def test_no_memory_is_raced_for():
         return pull(out)
 
     with mosaic.interpret(detect_races=True):
-        jax.block_until_ready(jax.jit(gradients)(*for_kernel(384)))
+        tokens = arrays(256, 16, 64, (1, 1, 1), "bfloat16")
+        jax.block_until_ready(jax.jit(gradients)(*tokens))
         assert not gpu_callbacks.get_races().races_found
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from attnx._groups import sum_of_groups
-from attnx.linear import xla
+from attnx.linear import pallas_channel, xla
 from attnx.linear.operands import by_token, empty_state
 from pallas_kernels.batching import mappable
 from pallas_kernels.linear_attention import (
@@ -61,12 +61,13 @@ def linear_attention(
     if initial_state is None:
         columns = value.shape[-1] + normalize
         initial_state = empty_state(query, columns, jnp.float32)
-    pieces = number_of_pieces(query)
+    by_channel = log_decay is not None and log_decay.ndim == 4
+    pieces = 1 if by_channel else number_of_pieces(query)
     fill = -length % (CHUNK * pieces)
     log_decay = by_token(log_decay, segment_ids, query, jnp.float32, reverse, fill > 0)
     log_decay = jnp.maximum(log_decay, _LEAST)
     tokens = [query, key, value]
-    tokens += [log_decay] if log_decay.ndim == 3 else []
+    tokens += [log_decay] if log_decay.ndim > 1 else []
     if reverse:
         tokens = [jnp.flip(x, 1) for x in tokens]
     if fill:  # Keys that add nothing, and no decay.
@@ -77,6 +78,8 @@ def linear_attention(
     attend = functools.partial(_attention, (pieces, one_decay))
     if normalize:
         attend = functools.partial(_normalized, pieces)
+    if by_channel:
+        attend = pallas_channel.attention
     out, state = attend(query, key, value, scale, log_decay, initial_state)
     out = out[:, :length]
     return (jnp.flip(out, 1) if reverse else out), state
@@ -99,7 +102,14 @@ def unsupported(
         if x.shape[-1] not in HEAD_SIZES:
             return f"the kernel takes head sizes {HEAD_SIZES}, not {x.shape[-1]}"
     if log_decay is not None and log_decay.ndim == 4:
-        return "the kernel takes a decay per head or token, not per channel"
+        sizes = key.shape[-1], value.shape[-1]
+        if normalize:
+            return "the kernel does not normalize with a decay per channel"
+        if not set(sizes) <= set(pallas_channel.HEAD_SIZES):
+            return (
+                "with a decay per channel the kernel takes head sizes "
+                f"{pallas_channel.HEAD_SIZES}, not {sizes}"
+            )
     if normalize and key.shape[-1] * value.shape[-1] > LARGEST:
         return (
             f"the kernel normalizes key sizes times value sizes up to {LARGEST}, "

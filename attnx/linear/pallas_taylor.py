@@ -16,14 +16,8 @@ from attnx.linear.pallas import number_of_pieces
 from pallas_kernels.batching import mappable
 from pallas_kernels.linear_attention import CHUNK, inverse
 from pallas_kernels.mosaic import wrong_device
-from pallas_kernels.taylor_attention import (
-    FEATURES,
-    KEY_FACTORS,
-    SIZE,
-    STATE_ROWS,
-    Slope,
-    taylor_scan,
-)
+from pallas_kernels.taylor_attention import Slope, taylor_scan
+from pallas_kernels.taylor_features import FEATURES, KEY_FACTORS, SIZE, STATE_ROWS
 
 VALUE_SIZES = (64, 128)
 
