@@ -8,7 +8,9 @@ are merged by their log-sum-exp.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -100,6 +102,9 @@ def routed_attention(
             return_residual=return_residual,
         )
 
+    if not isinstance(scale, int | float | None):
+        # A traced scale has a gradient, which the query's gives.
+        query, scale = query * jnp.asarray(scale, query.dtype), 1.0
     attend = functools.partial(
         _attend,
         block_size=block_size,
@@ -128,21 +133,69 @@ def _by_heads(attend, query, key, value, lists, blocks):
     )
     if at_once == key_heads:
         return attend(query, key, value, *lists, blocks)
+    # A cut that is known stays so: it is no argument of the program then.
+    known = blocks if isinstance(blocks.ids, np.ndarray) else None
+    turns = _Turns(attend, key_heads // at_once, known)
+    return _in_turn(turns, query, key, value, lists, None if known else blocks)
 
-    def split(x, axis):
-        """One axis of heads to (steps, heads of a step), the steps in front."""
-        count = key_heads // at_once
-        x = x.reshape(*x.shape[:axis], count, -1, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x, axis, 0)
 
-    # What of a step can be computed again is not kept for the backward.
-    step = jax.checkpoint(lambda arrays: attend(*arrays, blocks))
-    arrays = [split(x, 2) for x in (query, key, value)]
-    found = jax.lax.map(step, (*arrays, *(split(x, 1) for x in lists)))
-    return jax.tree.map(
-        lambda x: jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], heads, *x.shape[4:]),
-        found,
-    )
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Turns:
+    """How heads take turns: in how many steps, and what is not an array."""
+
+    attend: Callable
+    steps: int
+    blocks: Blocks | None
+
+    def run(self, body, carry, arrays, lists, blocks):
+        """Runs `body(heads of arrays, attend)` a step, and writes what it gives."""
+        blocks = blocks or self.blocks
+
+        def part(x, i, axis):
+            size = x.shape[axis] // self.steps
+            return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis)
+
+        def step(i, carry):
+            chosen = [part(x, i, 1) for x in lists]
+            attend = lambda *heads: self.attend(*heads, *chosen, blocks)
+            found = body([part(x, i, 2) for x in arrays], attend)
+            write = jax.lax.dynamic_update_slice_in_dim
+            return tuple(
+                write(x, y, i * y.shape[2], 2)
+                for x, y in zip(carry, found, strict=True)
+            )
+
+        return jax.lax.fori_loop(0, self.steps, step, tuple(carry))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_turn(turns, query, key, value, lists, blocks):
+    # Made from the query, so as to be laid out over devices as it is.
+    zero = jnp.zeros_like(query[..., :1])
+    out = jnp.broadcast_to(zero, (*zero.shape[:-1], value.shape[-1]))
+    lse = zero[..., 0].astype(jnp.promote_types(query.dtype, jnp.float32))
+    run = lambda heads, attend: attend(*heads)
+    return turns.run(run, (out, lse), (query, key, value), lists, blocks)
+
+
+def _in_turn_forward(turns, *operands):
+    return _in_turn(turns, *operands), operands
+
+
+def _in_turn_backward(turns, operands, grads):
+    """Attends again, a step's heads at a time: parts are not kept."""
+    query, key, value, lists, blocks = operands
+
+    def run(heads, attend):
+        return jax.vjp(attend, *heads[:3])[1](tuple(heads[3:]))
+
+    arrays = query, key, value
+    carry = map(jnp.zeros_like, arrays)
+    found = turns.run(run, carry, (*arrays, *grads), lists, blocks)
+    return *found, None, None
+
+
+_in_turn.defvjp(_in_turn_forward, _in_turn_backward)
 
 
 def _as_one_head(attend, query, key, value, choice, blocks):
