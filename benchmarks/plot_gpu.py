@@ -8,52 +8,67 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 MODES = ("forward", "forward+backward")
-# Candidates from the top bar down: label and color. The yardsticks are left out.
+# Candidates from the top bar down: label and color. Copies are left out.
 STYLES = {
     "pallas": ("attnx pallas", "C0"),
     "xla": ("attnx xla", "C9"),
     "cudnn": ("jax.nn, cuDNN", "C7"),
     "jax.nn": ("jax.nn, XLA", "C1"),
+    "window": ("window of as many blocks", "C2"),
+    "causal cudnn": ("causal softmax, cuDNN", "0.75"),
+    "dense cudnn": ("dense softmax, cuDNN", "0.85"),
 }
+# The cases of time against length have a figure of their own.
+LENGTH = r"per head decay B(\d+) T(\d+) N4 H128"
+HEIGHT = 0.28
 
 
 def bars(rows: list[dict], device: str) -> Figure | None:
     """Time of every case beside its peers."""
-    rows = [row for row in rows if row["candidate"] in STYLES]
+    rows = [
+        row
+        for row in rows
+        if row["candidate"] in STYLES and not re.match(LENGTH, row["case"])
+    ]
     cases = list(dict.fromkeys(row["case"] for row in rows))
     if not cases:
         return None
     figure, axes = plt.subplots(
         1, 2, figsize=(11, 1.5 + 0.4 * len(cases)), sharey=True, layout="constrained"
     )
-    timed = {row["candidate"] for row in rows}
-    styles = {name: style for name, style in STYLES.items() if name in timed}
-    height = 0.8 / len(styles)
+    order = list(STYLES)
     for ax, mode in zip(axes, MODES, strict=True):
-        for i, (candidate, (label, color)) in enumerate(styles.items()):
-            times = {
-                row["case"]: row["milliseconds"]
-                for row in rows
-                if row["mode"] == mode and row["candidate"] == candidate
-            }
-            offset = (i - (len(styles) - 1) / 2) * height
-            places = [cases.index(case) + offset for case in times]
-            ax.barh(places, times.values(), height, label=label, color=color)
+        labels = dict(STYLES)
+        for place, case in enumerate(cases):
+            shown = [r for r in rows if (r["case"], r["mode"]) == (case, mode)]
+            shown.sort(key=lambda row: order.index(row["candidate"]))
+            for i, row in enumerate(shown):
+                name = row["candidate"]
+                label, _ = labels.pop(name, (None, None))
+                ax.barh(
+                    place + (i - (len(shown) - 1) / 2) * HEIGHT,
+                    row["milliseconds"],
+                    HEIGHT,
+                    label=label,
+                    color=STYLES[name][1],
+                )
         ax.set(xscale="log", xlabel="milliseconds", title=mode)
         ax.grid(alpha=0.3, axis="x")
     axes[0].set_yticks(range(len(cases)), cases, fontsize=7)
-    axes[0].invert_yaxis()
-    axes[0].legend(fontsize=7)
+    axes[0].set_ylim(len(cases) - 0.5, -0.5)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=4,
+        fontsize=7,
+    )
     figure.suptitle(f"{device}, bfloat16", fontsize=9)
     return figure
 
 
 def length(rows: list[dict], device: str) -> Figure | None:
     """Time per token of linear attention, at a fixed number of tokens in all."""
-    found = [
-        (re.match(r"per head decay B(\d+) T(\d+) N4 H128", row["case"]), row)
-        for row in rows
-    ]
+    found = [(re.match(LENGTH, row["case"]), row) for row in rows]
     points = [
         (row, int(match.group(2)), int(match.group(1)) * int(match.group(2)))
         for match, row in found
