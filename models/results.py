@@ -97,6 +97,30 @@ SECTIONS = (
             "recall-linear": Target("accuracy, 64 pairs", at_most=0.9),
         },
     ),
+    Section(
+        "Pointer networks",
+        "1000 sets of points that training did not draw, answered by beam search, "
+        "beside exact answers. Vinyals et al. (2015) reach 0.726 of hulls of 50 points "
+        "and, trained on 5 to 50, 0.503 of those of 100; 0.807 and 0.226 of Delaunay "
+        "triangulations of 5 and 10. Of tours: how much longer than the shortest the "
+        "best of the beam is. Covered areas are of the outputs that are polygons.",
+        {
+            "hull": Target("sequence accuracy, 50 points", at_least=0.726),
+            "hull-attention": Target("sequence accuracy, 50 points", at_least=0.726),
+            "hull-range": Target("sequence accuracy, 100 points", at_least=0.503),
+            "hull-range-attention": Target(
+                "sequence accuracy, 100 points", at_least=0.503
+            ),
+            "delaunay-5": Target("sequence accuracy, 5 points", at_least=0.807),
+            "delaunay": Target("sequence accuracy, 10 points", at_least=0.226),
+            "delaunay-attention": Target(
+                "sequence accuracy, 10 points", at_least=0.226
+            ),
+            "tsp": Target("excess of the shortest, 10 points", at_most=0.01),
+            "tsp-20": Target("excess of the shortest, 20 points", at_most=0.03),
+            "tsp-attention": Target("excess of the shortest, 20 points", at_most=0.03),
+        },
+    ),
 )
 HEAD = """# Results of the models
 
