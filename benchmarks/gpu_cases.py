@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import attnx
-from attnx import masks, select
+from attnx import masks, parallel, select
 from benchmarks import peers
 from benchmarks.cases import Case
 
 BLOCK = 128
+PIECES = 8
 # Of all sequences of a batch, where time against length is measured.
 TOKENS = 1 << 20
 
@@ -45,6 +46,8 @@ def cases() -> Iterator[Case]:
         yield linear("per head", batch, length, 16, 128)
     for bits in (10, 12, 14, 16, 18, 20):
         yield linear("per head", TOKENS >> bits, 1 << bits, 4, 128)
+    for kind in ("ring", "states"):
+        yield in_pieces(kind, 1, 131072, 16, 128)
     yield linear_step(256, 32, 128)
     yield taylor(4, 4096, 32, 64)
     yield taylor(4, 4096, 32, 128)
@@ -282,6 +285,37 @@ def linear(kind: str, batch: int, length: int, heads: int, size: int) -> Case:
         functools.partial(linear, kind, 2, 1024, heads, size),
         "bfloat16",
         yardsticks={"copy": copy, "causal cudnn": softmax},
+    )
+
+
+def in_pieces(kind: str, batch: int, length: int, heads: int, size: int) -> Case:
+    """A sequence cut in eight as over devices, all of them on one: the extra work."""
+    if kind == "ring":
+        whole = functools.partial(attnx.dot_product_attention, is_causal=True)
+        fn = functools.partial(parallel.ring_attention, is_causal=True, order="zigzag")
+    else:
+        options = {"log_decay": attnx.decay.retnet(heads)}
+        whole = functools.partial(attnx.linear_attention, **options)
+        fn = functools.partial(parallel.linear_attention, **options)
+
+    def pieces(*arrays):
+        if kind == "ring":
+            arrays = [parallel.to_zigzag(x, PIECES) for x in arrays]
+        cut = (x.reshape(batch, PIECES, -1, heads, size) for x in arrays)
+        attend = functools.partial(fn, axis_name="pieces", implementation="pallas")
+        out = jax.vmap(attend, 1, 1, axis_name="pieces")(*cut)
+        out = out.reshape(batch, -1, heads, size)
+        return parallel.from_zigzag(out, PIECES) if kind == "ring" else out
+
+    return Case(
+        "parallel",
+        f"{kind} in {PIECES} pieces B{batch} T{length} N{heads} H{size}",
+        ((batch, length, heads, size),) * 3,
+        {**_ours(whole, ("reference", "pallas")), "pieces": pieces},
+        functools.partial(in_pieces, kind, 1, 2048, 2, size),
+        "bfloat16",
+        # A custom gradient has no axis to ask for its size outside `vmap`.
+        ("forward",) if kind == "ring" else ("forward", "forward+backward"),
     )
 
 
