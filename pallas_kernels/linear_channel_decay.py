@@ -69,7 +69,7 @@ def linear_channel_scan(
             states_g, *rest = rest
         stream, local = Stream.of(tuple(inputs), rest)
         tokens_s, fulls, frees = stream
-        weighed_s, scores_s, state_s, met, read = local
+        weighed_s, scores_s, state_s, met, written = local
         h, b = (lax.axis_index(axis) for axis in ("h", "b"))
         wg = lax.axis_index("wg")
 
@@ -85,11 +85,13 @@ def linear_channel_scan(
 
                 def level(n, p):
                     pair = Pair(n)
-                    x = pair.weighed(load(q), load(k), decays, part).astype(dtype)
+                    decay = pair.decay(decays, part)
+                    x = jnp.where(pair.right(decay.shape), load(q), load(k)) * decay
+                    x = x.astype(dtype)
                     plgpu.commit_smem()  # All have read what was there.
                     weighed[...] = x
                     plgpu.commit_smem()
-                    return p + pair.between(x, weighed)
+                    return p + pair.products(x, weighed)
 
                 return lax.fori_loop(0, LEVELS, level, itself(load(q) * load(k)))
 
@@ -102,16 +104,24 @@ def linear_channel_scan(
                     left.append(mosaic.accumulated(old, keys, v))
                 return tuple(left)
 
+            def copy(smem, gmem):
+                """By the first, of what both have written."""
+
+                @pl.when(wg == 0)
+                def _():
+                    plgpu.copy_smem_to_gmem(smem, gmem)
+
             def publish(state):
                 for tile, x in zip(tiles, state, strict=True):
                     state_s.at[tile, own][...] = x.astype(dtype)
                 plgpu.commit_smem()
+                plgpu.barrier_arrive(written)
+                plgpu.barrier_wait(written)
 
             def step(n, state):
                 slot = lax.rem(n, jnp.int32(stages))
                 if keep_states:
-                    kept = states_g.at[b, h, n, :, own]
-                    plgpu.copy_smem_to_gmem(state_s.at[:, own], kept)
+                    copy(state_s, states_g.at[b, h, n])
                 for name in fulls:
                     plgpu.barrier_wait(fulls[name].at[slot])
                 q, k, v, *both = (tokens_s[name].at[slot] for name in inputs)
@@ -124,27 +134,24 @@ def linear_channel_scan(
                 own_q[...] = (load(own_q) * decays.over(j <= i, part)).astype(dtype)
                 own_k[...] = (load(own_k) * decays.over(j > i, part)).astype(dtype)
                 plgpu.commit_smem()
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(met)
                 plgpu.barrier_wait(met)
                 out = mosaic.full((CHUNK, columns), 0.0, TILE)
                 for one in range(2):
                     out = mosaic.accumulated(out, scores_s.at[one], v.at[:, own])
                 out = mosaic.accumulated(out, q, state_s.at[:, own])
-                plgpu.barrier_arrive(read)
                 plgpu.barrier_arrive(frees["query"].at[slot])
                 state = after(state, k, v.at[:, own], decays)
                 for name in ("key", "high", "low"):
                     plgpu.barrier_arrive(frees[name].at[slot])
                 # The values have been read: their place takes the output.
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.commit_smem()
                 v.at[:, own][...] = (out * scale).astype(dtype)
                 publish(state)
-                rows = pl.ds(n * CHUNK, CHUNK)
-                plgpu.copy_smem_to_gmem(v.at[:, own], out_g.at[b, rows, h, own])
+                copy(v, out_g.at[b, pl.ds(n * CHUNK, CHUNK), h])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(frees["value"].at[slot])
-                plgpu.barrier_wait(read)
                 return state
 
             state = tuple(
@@ -229,41 +236,49 @@ class Decays:
 
 
 class Pair:
-    """Two neighbouring blocks of `2**n` tokens, all such pairs of a chunk at once."""
+    """Two neighbouring blocks of `2**n` tokens, all such pairs of a chunk at once.
+
+    Queries are in right blocks, keys in left ones, the middle is between them.
+    """
 
     def __init__(self, n):
         self._n = n
-        i, j = tokens()
-        apart = i >> n != j >> n
-        self.joined = apart & (i >> (n + 1) == j >> (n + 1))
-        # Queries are on the right, keys on the left; between them is the middle.
-        self._until_middle = ~apart & jnp.where((i >> n) & 1 == 1, j <= i, j > i)
 
     def right(self, shape):
         """Whether a row's token is in a right block."""
-        i = mosaic.along(mosaic.iota(CHUNK, 0), 0, shape)
-        return (i >> self._n) & 1 == 1
+        return (mosaic.along(_rows(), 0, shape) >> self._n) & 1 == 1
 
     def decay(self, decays: Decays, channels):
-        """Of each token from the middle of its pair, or up to there."""
-        return decays.over(self._until_middle, channels)
+        """Of each token from the middle on, or up to there."""
+        i, j = tokens()
+        until = jnp.where(self.right(i.shape), j <= i, j > i)
+        return decays.over(until & (self._apart() == 0), channels)
 
-    def weighed(self, q, k, decays: Decays, channels):
-        """Queries of right blocks and keys of left ones, decayed."""
-        return jnp.where(self.right(q.shape), q, k) * self.decay(decays, channels)
+    def between(self, x):
+        """A matrix where its rows and columns are on two sides of a middle, else 0."""
+        return jnp.where(self._apart() == 1, x, jnp.zeros_like(x))
 
-    def between(self, x, x_s):
-        """Inner products across the middle, of tokens in registers and in memory."""
+    def products(self, x, x_s):
+        """Inner products of tokens in registers and in memory, across the middle."""
         p = mosaic.full((CHUNK, CHUNK), 0.0, TILE)
-        p = mosaic.accumulated(p, x, mosaic.transposed(x_s))
-        return jnp.where(self.joined, p, 0.0)
+        return self.between(mosaic.accumulated(p, x, mosaic.transposed(x_s)))
+
+    def _apart(self):
+        """0 for tokens of one block, 1 for those of two in a pair."""
+        i, j = tokens()
+        return (i >> self._n) ^ (j >> self._n)
 
 
 def tokens():
     """Indices of a row's token and of a column's, `[CHUNK, CHUNK]`."""
     shape = CHUNK, CHUNK
-    i = mosaic.along(mosaic.iota(CHUNK, 0), 0, shape)
+    i = mosaic.along(_rows(), 0, shape)
     return i, mosaic.along(mosaic.iota(CHUNK, 1), 1, shape)
+
+
+def _rows():
+    # Anew wherever they are used: masks that are kept take registers, and many.
+    return lax.optimization_barrier(mosaic.iota(CHUNK, 0))
 
 
 def itself(x):

@@ -102,14 +102,15 @@ def linear_channel_grad(
             weighed, change_parts = weighed_s.at[wg], change_s.at[wg]
 
             def shares():
-                """The gradients of scores: a symmetric matrix, and its diagonal."""
+                """The gradients of scores, in memory symmetric; returns the diagonal."""
                 i, j = tokens()
                 d_scores = mosaic.product(do_s, mosaic.transposed(v_s))
                 mirrored = mosaic.product(v_s, mosaic.transposed(do_s))
-                both = jnp.where(i >= j, d_scores, mirrored).astype(dtype)
-                return both, jnp.where(i == j, d_scores, 0.0).sum(axis=1)
+                both = jnp.where(i >= j, d_scores, mirrored)
+                scores_s.at[wg][...] = both.astype(dtype)
+                return jnp.where(i == j, d_scores, 0.0).sum(axis=1)
 
-            def level(n, carry, part, shares):
+            def level(n, carry, part):
                 """What tokens get of each other across the middle of their pairs."""
                 p, d_query, d_key, change = carry
                 pair = Pair(n)
@@ -120,8 +121,8 @@ def linear_channel_grad(
                 x = (jnp.where(right, q, k) * decay).astype(dtype)
                 x_s[...] = x
                 plgpu.commit_smem()
-                p = p + pair.between(x, x_s)
-                near = jnp.where(pair.joined, shares, jnp.zeros_like(shares))
+                p = p + pair.products(x, x_s)
+                near = pair.between(mosaic.load(scores_s.at[wg], TILE))
                 seen = mosaic.full(decay.shape, 0.0, TILE)
                 seen = mosaic.accumulated(seen, near, x_s)
                 grad, both = seen * decay, seen * x.astype(jnp.float32)
@@ -132,7 +133,7 @@ def linear_channel_grad(
                     change + jnp.where(right, both, -both),
                 )
 
-            def channels(n, p, rows, shares, diagonal):
+            def channels(n, p, rows, diagonal):
                 """The gradients of one part of the channels, and its scores."""
                 part = pl.ds((wg * parts + n) * _PART, _PART)
                 shape = CHUNK, _PART
@@ -147,7 +148,7 @@ def linear_channel_grad(
                 p, d_query, d_key, change = lax.fori_loop(
                     0,
                     LEVELS,
-                    functools.partial(level, part=part, shares=shares),
+                    functools.partial(level, part=part),
                     (p + itself(q * k), diagonal * k, diagonal * q, none),
                 )
                 # Queries and keys give way to what the states are to them.
@@ -197,14 +198,15 @@ def linear_channel_grad(
                 rows = pl.ds(chunk * CHUNK, CHUNK)
                 for name in fulls:
                     plgpu.barrier_wait(fulls[name].at[0])
-                both, diagonal = shares()
+                diagonal = shares()
                 p = lax.fori_loop(
                     0,
                     parts,
-                    lambda n, p: channels(n, p, rows, both, diagonal),
+                    lambda n, p: channels(n, p, rows, diagonal),
                     mosaic.full((CHUNK, CHUNK), 0.0, TILE),
                 )
                 i, j = tokens()
+                # The scores take the place of their gradients.
                 scores_s.at[wg][...] = jnp.where(i <= j, p, 0.0).astype(dtype)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(met)
@@ -218,9 +220,7 @@ def linear_channel_grad(
                 plgpu.barrier_arrive(frees["key"].at[0])
                 # The values have been read: their place takes their gradients.
                 v_s.at[:, own][...] = d_value.astype(dtype)
-                plgpu.commit_smem()
-                place = d_value_g.at[b, rows, h, own]
-                plgpu.copy_smem_to_gmem(v_s.at[:, own], place)
+                plgpu.commit_smem()  # All have read the state as well.
                 before = []
                 for tile, x in zip(tiles, d_state, strict=True):
                     x = x * mosaic.along(decays.across(tile), 0, x.shape)
@@ -230,6 +230,11 @@ def linear_channel_grad(
                     plgpu.barrier_arrive(frees[name].at[0])
                 publish(before, entering_s, lambda ref, tile: ref.at[tile, own])
                 plgpu.barrier_arrive(frees["states"].at[0])
+
+                @pl.when(wg == 0)
+                def _():
+                    plgpu.copy_smem_to_gmem(v_s, d_value_g.at[b, rows, h])
+
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(frees["value"].at[0])
                 return tuple(before)
