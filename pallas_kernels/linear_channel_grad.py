@@ -92,14 +92,18 @@ def linear_channel_grad(
         wg = lax.axis_index("wg")
 
         def consume():
-            plgpu.set_max_registers(240, action="increase")
-            own = pl.ds(wg * columns, columns)
+            plgpu.set_max_registers(232, action="increase")
             scale = scale_g[row_of(scale_g, b)]
             q_s, k_s, v_s, high_s, low_s, do_s, entering_s = (
                 tokens_s[name].at[0] for name in inputs
             )
             decays = Decays(high_s, low_s)
-            weighed, change_parts = weighed_s.at[wg], change_s.at[wg]
+
+            def columns_of(wg):
+                return pl.ds(wg * columns, columns)
+
+            def part_of(wg, n):
+                return pl.ds((wg * parts + n) * _PART, _PART)
 
             def shares():
                 """The gradients of scores, in memory symmetric; returns the diagonal."""
@@ -107,14 +111,15 @@ def linear_channel_grad(
                 d_scores = mosaic.product(do_s, mosaic.transposed(v_s))
                 mirrored = mosaic.product(v_s, mosaic.transposed(do_s))
                 both = jnp.where(i >= j, d_scores, mirrored)
-                scores_s.at[wg][...] = both.astype(dtype)
+                scores_s.at[again(wg)][...] = both.astype(dtype)
                 return jnp.where(i == j, d_scores, 0.0).sum(axis=1)
 
             def level(n, carry, part):
                 """What tokens get of each other across the middle of their pairs."""
                 p, d_query, d_key, change = carry
-                pair = Pair(n)
-                x_s = weighed.at[lax.rem(n, jnp.int32(2))]
+                pair, me = Pair(n), again(wg)
+                part = part_of(me, part)
+                x_s = weighed_s.at[me, lax.rem(n, jnp.int32(2))]
                 decay = pair.decay(decays, part)
                 right = pair.right(decay.shape)
                 q, k = load(q_s.at[:, part]) * scale, load(k_s.at[:, part])
@@ -122,7 +127,7 @@ def linear_channel_grad(
                 x_s[...] = x
                 plgpu.commit_smem()
                 p = p + pair.products(x, x_s)
-                near = pair.between(mosaic.load(scores_s.at[wg], TILE))
+                near = pair.between(mosaic.load(scores_s.at[me], TILE))
                 seen = mosaic.full(decay.shape, 0.0, TILE)
                 seen = mosaic.accumulated(seen, near, x_s)
                 grad, both = seen * decay, seen * x.astype(jnp.float32)
@@ -135,7 +140,7 @@ def linear_channel_grad(
 
             def channels(n, p, rows, diagonal):
                 """The gradients of one part of the channels, and its scores."""
-                part = pl.ds((wg * parts + n) * _PART, _PART)
+                part = part_of(again(wg), n)
                 shape = CHUNK, _PART
                 i, j = tokens()
                 own_q, own_k = q_s.at[:, part], k_s.at[:, part]
@@ -148,10 +153,13 @@ def linear_channel_grad(
                 p, d_query, d_key, change = lax.fori_loop(
                     0,
                     LEVELS,
-                    functools.partial(level, part=part),
+                    functools.partial(level, part=n),
                     (p + itself(q * k), diagonal * k, diagonal * q, none),
                 )
                 # Queries and keys give way to what the states are to them.
+                me = again(wg)
+                part = part_of(me, n)
+                own_q, own_k = q_s.at[:, part], k_s.at[:, part]
                 decay = decays.over(j <= i, part)
                 seen = mosaic.product(do_s, mosaic.transposed(entering_s.at[part]))
                 seen = seen * decay
@@ -165,16 +173,16 @@ def linear_channel_grad(
                 own_k[...] = (k * decay).astype(dtype)
                 d_key, change = d_key + seen, change - k * seen
                 plgpu.commit_smem()
-                high, low = change_parts.at[0], change_parts.at[1]
+                high, low = change_s.at[me, 0], change_s.at[me, 1]
                 rounded = change.astype(jnp.bfloat16)
                 high[...] = rounded
                 low[...] = (change - rounded.astype(jnp.float32)).astype(jnp.bfloat16)
                 for slot, grad in enumerate((d_query * scale, d_key)):
-                    weighed.at[slot][...] = grad.astype(dtype)
+                    weighed_s.at[me, slot][...] = grad.astype(dtype)
                 plgpu.commit_smem()
                 for slot, grad_g in enumerate((d_query_g, d_key_g)):
                     place = grad_g.at[b, rows, h, part]
-                    plgpu.copy_smem_to_gmem(weighed.at[slot], place)
+                    plgpu.copy_smem_to_gmem(weighed_s.at[me, slot], place)
                 later = jnp.where(j >= i, 1.0, 0.0).astype(jnp.bfloat16)
                 end = sum(mosaic.load(ends_s.at[one, part], COL) for one in range(2))
                 d_decay = mosaic.along(end, 1, shape)
@@ -182,13 +190,15 @@ def linear_channel_grad(
                 d_decay_g.at[b, rows, h, part][...] = d_decay
                 return p
 
-            def publish(d_state, state_ref, layout_of):
+            def publish(d_state, state_ref):
                 """For both to read; `ends_s` becomes the sum at that place."""
+                me = again(wg)
+                own = columns_of(me)
                 for tile, x in zip(tiles, d_state, strict=True):
                     d_state_s.at[tile, own][...] = x.astype(dtype)
-                    state = mosaic.load(layout_of(state_ref, tile), TILE)
+                    state = mosaic.load(state_ref.at[tile, own], TILE)
                     ends = (x * state.astype(jnp.float32)).sum(axis=1)
-                    ends_s.at[wg, tile][...] = ends
+                    ends_s.at[me, tile][...] = ends
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(written)
                 plgpu.barrier_wait(written)
@@ -206,8 +216,10 @@ def linear_channel_grad(
                     mosaic.full((CHUNK, CHUNK), 0.0, TILE),
                 )
                 i, j = tokens()
+                me = again(wg)
+                own = columns_of(me)
                 # The scores take the place of their gradients.
-                scores_s.at[wg][...] = jnp.where(i <= j, p, 0.0).astype(dtype)
+                scores_s.at[me][...] = jnp.where(i <= j, p, 0.0).astype(dtype)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(met)
                 plgpu.barrier_wait(met)
@@ -228,7 +240,7 @@ def linear_channel_grad(
                     before.append(mosaic.accumulated(x, q, do_s.at[:, own]))
                 for name in ("query", "high", "low", "d_out"):
                     plgpu.barrier_arrive(frees[name].at[0])
-                publish(before, entering_s, lambda ref, tile: ref.at[tile, own])
+                publish(before, entering_s)
                 plgpu.barrier_arrive(frees["states"].at[0])
 
                 @pl.when(wg == 0)
@@ -239,17 +251,18 @@ def linear_channel_grad(
                 plgpu.barrier_arrive(frees["value"].at[0])
                 return tuple(before)
 
+            own = columns_of(wg)
             d_state = tuple(
                 mosaic.load(d_last_g.at[b, h, tile, own], TILE) for tile in tiles
             )
-            publish(d_state, last_g, lambda ref, tile: ref.at[b, h, tile, own])
+            publish(d_state, last_g.at[b, h])
             d_state = lax.fori_loop(0, chunks, step, d_state)
             for tile, x in zip(tiles, d_state, strict=True):
                 d_first_g.at[b, h, tile, own][...] = x
             plgpu.wait_smem_to_gmem(0)
 
         def produce():
-            plgpu.set_max_registers(24, action="decrease")
+            plgpu.set_max_registers(40, action="decrease")
 
             def source(name, n):
                 gmem, chunk = tokens_g[name], chunks - 1 - n
@@ -297,3 +310,8 @@ def linear_channel_grad(
         thread_name="wg",
         kernel_name="linear_channel_grad",
     )
+
+
+def again(x):
+    """A number in a new register: addresses that are made of it are not kept in some."""
+    return lax.optimization_barrier(x)
