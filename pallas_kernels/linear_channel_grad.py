@@ -162,16 +162,16 @@ def linear_channel_grad(
                 own_q, own_k = q_s.at[:, part], k_s.at[:, part]
                 decay = decays.over(j <= i, part)
                 seen = mosaic.product(do_s, mosaic.transposed(entering_s.at[part]))
-                seen = seen * decay
-                q = load(own_q) * scale
-                own_q[...] = (q * decay).astype(dtype)
-                d_query, change = d_query + seen, change + q * seen
+                q = (load(own_q) * scale * decay).astype(dtype)
+                own_q[...] = q
+                d_query = d_query + seen * decay
+                change = change + q.astype(jnp.float32) * seen
                 decay = decays.over(j > i, part)
                 seen = mosaic.product(v_s, mosaic.transposed(d_state_s.at[part]))
-                seen = seen * decay
-                k = load(own_k)
-                own_k[...] = (k * decay).astype(dtype)
-                d_key, change = d_key + seen, change - k * seen
+                k = (load(own_k) * decay).astype(dtype)
+                own_k[...] = k
+                d_key = d_key + seen * decay
+                change = change - k.astype(jnp.float32) * seen
                 plgpu.commit_smem()
                 high, low = change_s.at[me, 0], change_s.at[me, 1]
                 rounded = change.astype(jnp.bfloat16)
