@@ -246,7 +246,7 @@ class Pair:
 
     def right(self, shape):
         """Whether a row's token is in a right block."""
-        return (mosaic.along(_rows(), 0, shape) >> self._n) & 1 == 1
+        return (mosaic.along(_indices(0), 0, shape) >> self._n) & 1 == 1
 
     def decay(self, decays: Decays, channels):
         """Of each token from the middle on, or up to there."""
@@ -272,13 +272,12 @@ class Pair:
 def tokens():
     """Indices of a row's token and of a column's, `[CHUNK, CHUNK]`."""
     shape = CHUNK, CHUNK
-    i = mosaic.along(_rows(), 0, shape)
-    return i, mosaic.along(mosaic.iota(CHUNK, 1), 1, shape)
+    return tuple(mosaic.along(_indices(axis), axis, shape) for axis in range(2))
 
 
-def _rows():
+def _indices(axis):
     # Anew wherever they are used: masks that are kept take registers, and many.
-    return lax.optimization_barrier(mosaic.iota(CHUNK, 0))
+    return lax.optimization_barrier(mosaic.iota(CHUNK, axis))
 
 
 def itself(x):

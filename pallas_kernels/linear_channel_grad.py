@@ -92,7 +92,7 @@ def linear_channel_grad(
         wg = lax.axis_index("wg")
 
         def consume():
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(240, action="increase")
             scale = scale_g[row_of(scale_g, b)]
             q_s, k_s, v_s, high_s, low_s, do_s, entering_s = (
                 tokens_s[name].at[0] for name in inputs
@@ -130,7 +130,7 @@ def linear_channel_grad(
                 near = pair.between(mosaic.load(scores_s.at[me], TILE))
                 seen = mosaic.full(decay.shape, 0.0, TILE)
                 seen = mosaic.accumulated(seen, near, x_s)
-                grad, both = seen * decay, seen * x.astype(jnp.float32)
+                grad, both = seen * decay, seen * load(x_s)
                 return (
                     p,
                     d_query + jnp.where(right, grad, 0.0),
@@ -262,7 +262,7 @@ def linear_channel_grad(
             plgpu.wait_smem_to_gmem(0)
 
         def produce():
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(24, action="decrease")
 
             def source(name, n):
                 gmem, chunk = tokens_g[name], chunks - 1 - n
