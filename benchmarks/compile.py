@@ -146,7 +146,9 @@ def cases() -> Iterator[tuple[str, Callable, tuple]]:
             )
             yield f"moba H{size}", blocks, (tokens,) * 3
             decays = jax.ShapeDtypeStruct(tokens.shape, jnp.float32)
-            yield f"linear by channel H{size}", _by_channel, (*(tokens,) * 3, decays)
+            structs = (*(tokens,) * 3, decays)
+            yield f"linear by channel H{size}", _by_channel, structs
+            yield f"linear by channel H{size} backward", _of_channels, structs
             small = _bfloat16(2, 4096, 8, 16)
             taylor = functools.partial(attnx.taylor_attention, implementation="pallas")
             yield f"taylor V{size}", taylor, (small, small, tokens)
@@ -226,6 +228,11 @@ def _by_channel(query, key, value, log_decay):
     return attnx.linear_attention(
         query, key, value, log_decay=log_decay, implementation="pallas"
     )
+
+
+def _of_channels(*arrays):
+    out, pull = jax.vjp(_by_channel, *arrays)
+    return pull(out)
 
 
 def _segments(query, key, value, ids):

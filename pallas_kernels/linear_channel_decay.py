@@ -6,7 +6,8 @@ in pairs: a query of the right block takes the decay from the middle of the pair
 key of the left one the decay up to there. These decays are sums of log decays, which a
 product with a matrix of zeros and ones makes, whatever the tokens.
 
-Each of two warpgroups serves half of the values, and waits for the other never.
+Each of two warpgroups weighs tokens for half of the channels, and then sums up half of
+the values. They meet once a chunk, in between.
 """
 
 from __future__ import annotations
@@ -21,188 +22,136 @@ from jax import lax
 
 from pallas_kernels import mosaic
 from pallas_kernels.linear_attention import Stream, row_of
-from pallas_kernels.mosaic import ROW, TILE
+from pallas_kernels.mosaic import TILE
 
 CHUNK = 64
-# Channels that are worked on at a time, and rows of the state in one tile.
-_PART, _ROWS = 32, 64
-# In bytes, so that `_PART` is a whole tile.
-_SWIZZLE = 64
-_LEVELS = 6  # CHUNK is 2 to it.
-# Key size times value size: half of the state fills a warpgroup's registers.
-LARGEST = 128 * 128
+LEVELS = 6  # CHUNK is 2 to it.
+# Rows of the state in one tile.
+ROWS = 64
 
 
 def linear_channel_scan(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    log2_decay: jax.Array,
+    high: jax.Array,
+    low: jax.Array,
     state: jax.Array,
     scale: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+    *,
+    keep_states: bool = False,
+) -> tuple[jax.Array, ...]:
     """Outputs, and the state after the last token.
 
     Args:
       query: `[B, T, N, H]`, T a multiple of `CHUNK`, H 64 or 128.
       key: `[B, T, K, H]`.
       value: `[B, T, K, V]`, V 64 or 128.
-      log2_decay: base-2 logarithm, float32 `[B, T, N, H]`.
+      high: base-2 logarithm of the decays, `[B, T, N, H]`; see `in_two`.
+      low: what rounding left of it.
       state: the one before the first token, float32 `[B, N, H, V]`.
       scale: on the queries, float32 `[1]`, or `[B]`.
+      keep_states: also returns the states that enter the chunks, `[B, N, chunks, H, V]`
+        in value's dtype.
     """
     batch, heads, size, value_size = state.shape
     length, dtype = key.shape[1], key.dtype
     chunks = length // CHUNK
-    columns = value_size // 2
-    parts = size // _PART
-    tiles = [pl.ds(row, _ROWS) for row in range(0, size, _ROWS)]
-    stages = 1  # all that shared memory has room for
-    inputs = {"query": query, "key": key, "value": value, "decay": log2_decay}
+    columns, channels = value_size // 2, size // 2
+    tiles = [pl.ds(row, ROWS) for row in range(0, size, ROWS)]
+    stages = min(2, chunks)
+    inputs = {"query": query, "key": key, "value": value, "high": high, "low": low}
 
     def body(*refs):
         tokens_g = dict(zip(inputs, refs, strict=False))
         state_g, scale_g, out_g, last_g, *rest = refs[len(inputs) :]
+        if keep_states:
+            states_g, *rest = rest
         stream, local = Stream.of(tuple(inputs), rest)
         tokens_s, fulls, frees = stream
-        both_s, scaled_s, state_s, out_s = local
+        weighed_s, scores_s, state_s, met, written = local
         h, b = (lax.axis_index(axis) for axis in ("h", "b"))
         wg = lax.axis_index("wg")
 
         def consume():
             plgpu.set_max_registers(240, action="increase")
             own = pl.ds(wg * columns, columns)
+            part = pl.ds(wg * channels, channels)
             scale = scale_g[row_of(scale_g, b)]
-            high_s, low_s = both_s.at[wg, 0], both_s.at[wg, 1]
-            keys_s = scaled_s.at[wg]
+            weighed = weighed_s.at[wg]
 
-            def here(name):
-                return tokens_s[name].at[0]
+            def scores(q, k, decays):
+                """What these channels add to the scores."""
 
-            def pairs(shape=(CHUNK, CHUNK)):
-                """Indices of a row's token and of a column's."""
-                i = mosaic.along(mosaic.iota(CHUNK, 0), 0, shape)
-                j = mosaic.along(mosaic.iota(CHUNK, 1), 1, shape)
-                return i, j
-
-            def split():
-                """Log decays as sums of two numbers that products can read."""
-
-                @pl.loop(0, parts)
-                def _(n):
-                    part = pl.ds(n * _PART, _PART)
-                    decay = mosaic.load(here("decay").at[:, part], TILE)
-                    high = decay.astype(dtype)
-                    high_s.at[:, part][...] = high
-                    low = decay - high.astype(jnp.float32)
-                    low_s.at[:, part][...] = low.astype(dtype)
-
-                plgpu.commit_smem()
-
-            def decayed(which, part):
-                """By what the log decays of the tokens `which` decay, by channel."""
-                which = jnp.where(which, 1.0, 0.0).astype(dtype)
-                both = (ref.at[:, part] for ref in (high_s, low_s))
-                total = mosaic.full((CHUNK, _PART), 0.0, TILE)
-                return jnp.exp2(mosaic.accumulated(total, which, *both))
-
-            def tokens(name, part):
-                return mosaic.load(here(name).at[:, part], TILE).astype(jnp.float32)
-
-            def level(n, p):
-                """`p` with the weights between the two halves of pairs of blocks."""
-                i, j = pairs()
-                right = (i >> n) & 1 == 1
-                same = i >> n == j >> n
-                which = same & ((right & (j <= i)) | (~right & (j > i)))
-
-                def product(n, scores):
-                    part = pl.ds(n * _PART, _PART)
-                    weights = decayed(which, part)
-                    keys = (tokens("key", part) * weights).astype(dtype)
-                    keys_s.at[:, part][...] = keys
+                def level(n, p):
+                    pair = Pair(n)
+                    decay = pair.decay(decays, part)
+                    x = jnp.where(pair.right(decay.shape), load(q), load(k)) * decay
+                    x = x.astype(dtype)
+                    plgpu.commit_smem()  # All have read what was there.
+                    weighed[...] = x
                     plgpu.commit_smem()
-                    q = (tokens("query", part) * weights).astype(dtype)
-                    keys = mosaic.transposed(keys_s.at[:, part])
-                    return mosaic.accumulated(scores, q, keys)
+                    return p + pair.products(x, weighed)
 
-                plgpu.commit_smem()  # All have read what was there.
-                scores = mosaic.full((CHUNK, CHUNK), 0.0, TILE)
-                scores = lax.fori_loop(0, parts, product, scores)
-                paired = (i >> (n + 1) == j >> (n + 1)) & ((i >> n) > (j >> n))
-                return p + jnp.where(paired, scores, 0.0)
+                return lax.fori_loop(0, LEVELS, level, itself(load(q) * load(k)))
 
-            def itself():
-                """The weight of each token for itself: no decay."""
-
-                def add(n, total):
-                    part = pl.ds(n * _PART, _PART)
-                    both = tokens("query", part) * tokens("key", part)
-                    return total + both.sum(axis=1)
-
-                total = mosaic.full((CHUNK,), 0.0, ROW)
-                total = lax.fori_loop(0, parts, add, total)
-                i, j = pairs()
-                return jnp.where(i == j, mosaic.along(total, 0, i.shape), 0.0)
-
-            def outputs():
-                p = lax.fori_loop(0, _LEVELS, level, itself())
-                values = here("value").at[:, own]
-                out = mosaic.full((CHUNK, columns), 0.0, TILE)
-                out = mosaic.accumulated(out, p.astype(dtype), values)
-
-                def before(n, out):
-                    part = pl.ds(n * _PART, _PART)
-                    i, j = pairs()
-                    q = tokens("query", part) * decayed(j <= i, part)
-                    entering = state_s.at[part, own]
-                    return mosaic.accumulated(out, q.astype(dtype), entering)
-
-                return lax.fori_loop(0, parts, before, out) * scale
-
-            def after(state):
+            def after(state, k, v, decays):
                 """What leaves the chunk."""
-                plgpu.commit_smem()  # All have read what was there.
-
-                @pl.loop(0, parts)
-                def _(n):
-                    part = pl.ds(n * _PART, _PART)
-                    i, j = pairs()
-                    keys = tokens("key", part) * decayed(j > i, part)
-                    keys_s.at[:, part][...] = keys.astype(dtype)
-
-                plgpu.commit_smem()
-                values, left = here("value").at[:, own], []
+                left = []
                 for tile, old in zip(tiles, state, strict=True):
-                    total = sum(
-                        mosaic.load_transposed(ref.at[:, tile])
-                        .astype(jnp.float32)
-                        .sum(axis=1)
-                        for ref in (high_s, low_s)
-                    )
-                    old = old * mosaic.along(jnp.exp2(total), 0, old.shape)
-                    keys = mosaic.load_transposed(keys_s.at[:, tile])
-                    left.append(mosaic.accumulated(old, keys, values))
+                    old = old * mosaic.along(decays.across(tile), 0, old.shape)
+                    keys = mosaic.load_transposed(k.at[:, tile])
+                    left.append(mosaic.accumulated(old, keys, v))
                 return tuple(left)
+
+            def copy(smem, gmem):
+                """By the first, of what both have written."""
+
+                @pl.when(wg == 0)
+                def _():
+                    plgpu.copy_smem_to_gmem(smem, gmem)
 
             def publish(state):
                 for tile, x in zip(tiles, state, strict=True):
                     state_s.at[tile, own][...] = x.astype(dtype)
                 plgpu.commit_smem()
+                plgpu.barrier_arrive(written)
+                plgpu.barrier_wait(written)
 
             def step(n, state):
+                slot = lax.rem(n, jnp.int32(stages))
+                if keep_states:
+                    copy(state_s, states_g.at[b, h, n])
                 for name in fulls:
-                    plgpu.barrier_wait(fulls[name].at[0])
-                split()
-                out = outputs()
-                state = after(state)
-                for name in frees:
-                    plgpu.barrier_arrive(frees[name].at[0])
+                    plgpu.barrier_wait(fulls[name].at[slot])
+                q, k, v, *both = (tokens_s[name].at[slot] for name in inputs)
+                own_q, own_k = q.at[:, part], k.at[:, part]
+                decays = Decays(*both)
+                i, j = tokens()
+                p = scores(own_q, own_k, decays)
+                scores_s.at[wg][...] = jnp.where(j <= i, p, 0.0).astype(dtype)
+                # Queries and keys give way to what the states are to them.
+                own_q[...] = (load(own_q) * decays.over(j <= i, part)).astype(dtype)
+                own_k[...] = (load(own_k) * decays.over(j > i, part)).astype(dtype)
+                plgpu.commit_smem()
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                out_s.at[wg][...] = out.astype(dtype)
+                plgpu.barrier_arrive(met)
+                plgpu.barrier_wait(met)
+                out = mosaic.full((CHUNK, columns), 0.0, TILE)
+                for one in range(2):
+                    out = mosaic.accumulated(out, scores_s.at[one], v.at[:, own])
+                out = mosaic.accumulated(out, q, state_s.at[:, own])
+                plgpu.barrier_arrive(frees["query"].at[slot])
+                state = after(state, k, v.at[:, own], decays)
+                for name in ("key", "high", "low"):
+                    plgpu.barrier_arrive(frees[name].at[slot])
+                # The values have been read: their place takes the output.
+                plgpu.commit_smem()
+                v.at[:, own][...] = (out * scale).astype(dtype)
                 publish(state)
-                rows = pl.ds(n * CHUNK, CHUNK)
-                plgpu.copy_smem_to_gmem(out_s.at[wg], out_g.at[b, rows, h, own])
+                copy(v, out_g.at[b, pl.ds(n * CHUNK, CHUNK), h])
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.barrier_arrive(frees["value"].at[slot])
                 return state
 
             state = tuple(
@@ -227,26 +176,29 @@ def linear_channel_scan(
         pl.when(wg < 2)(consume)
         pl.when(wg == 2)(produce)
 
-    tiled = functools.partial(mosaic.tiled, dtype=dtype, swizzle=_SWIZZLE)
-    buffers = {
-        "query": tiled((stages, CHUNK, size)),
-        "key": tiled((stages, CHUNK, size)),
-        "value": tiled((stages, CHUNK, value_size)),
-        "decay": mosaic.tiled((stages, CHUNK, size), jnp.float32),
-    }
+    # One swizzle for all, since products take no two.
+    swizzle = mosaic.swizzle_of(min(channels, columns), dtype)
+    tiled = functools.partial(mosaic.tiled, dtype=dtype, swizzle=swizzle)
+    outputs = [
+        jax.ShapeDtypeStruct((batch, length, heads, value_size), dtype),
+        jax.ShapeDtypeStruct(state.shape, jnp.float32),
+    ]
+    if keep_states:
+        kept = (batch, heads, chunks, size, value_size)
+        outputs.append(jax.ShapeDtypeStruct(kept, dtype))
     return mosaic.call(
         body,
         (*inputs.values(), state, scale),
-        (
-            jax.ShapeDtypeStruct((batch, length, heads, value_size), dtype),
-            jax.ShapeDtypeStruct(state.shape, jnp.float32),
-        ),
+        tuple(outputs),
         scratch=[
-            *Stream.scratch(buffers),
-            tiled((2, 2, CHUNK, size)),
-            tiled((2, CHUNK, size)),
+            *Stream.scratch(
+                {name: tiled((stages, CHUNK, x.shape[-1])) for name, x in inputs.items()}
+            ),
+            tiled((2, CHUNK, channels)),
+            tiled((2, CHUNK, CHUNK)),
             tiled((size, value_size)),
-            tiled((2, CHUNK, columns)),
+            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_arrivals=2),
         ],
         grid=(heads, batch),
         grid_names=("h", "b"),
@@ -254,3 +206,86 @@ def linear_channel_scan(
         thread_name="wg",
         kernel_name="linear_channel_scan",
     )
+
+
+def in_two(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
+    """Two arrays of a dtype that products can read, which add up to float32 `x`."""
+    info = jnp.finfo(dtype)
+    # XLA would drop a conversion there and back.
+    high = lax.reduce_precision(x, info.nexp, info.nmant)
+    return high.astype(dtype), (x - high).astype(dtype)
+
+
+class Decays:
+    """Log decays of a chunk's tokens by channel, in shared memory, in two parts."""
+
+    def __init__(self, high, low):
+        self._parts = high, low
+
+    def over(self, which, channels):
+        """By what the tokens `which`, a row for each token, decay these channels."""
+        which = jnp.where(which, 1.0, 0.0).astype(self._parts[0].dtype)
+        total = mosaic.full((CHUNK, channels.size), 0.0, TILE)
+        parts = (part.at[:, channels] for part in self._parts)
+        return jnp.exp2(mosaic.accumulated(total, which, *parts))
+
+    def across(self, channels):
+        """By what all tokens decay these channels, a row of a state each."""
+        parts = (mosaic.load_transposed(part.at[:, channels]) for part in self._parts)
+        return jnp.exp2(sum(part.astype(jnp.float32).sum(axis=1) for part in parts))
+
+
+class Pair:
+    """Two neighbouring blocks of `2**n` tokens, all such pairs of a chunk at once.
+
+    Queries are in right blocks, keys in left ones, the middle is between them.
+    """
+
+    def __init__(self, n):
+        self._n = n
+
+    def right(self, shape):
+        """Whether a row's token is in a right block."""
+        return (mosaic.along(_indices(0), 0, shape) >> self._n) & 1 == 1
+
+    def decay(self, decays: Decays, channels):
+        """Of each token from the middle on, or up to there."""
+        i, j = tokens()
+        until = jnp.where(self.right(i.shape), j <= i, j > i)
+        return decays.over(until & (self._apart() == 0), channels)
+
+    def between(self, x):
+        """A matrix where its rows and columns are on two sides of a middle, else 0."""
+        return jnp.where(self._apart() == 1, x, jnp.zeros_like(x))
+
+    def products(self, x, x_s):
+        """Inner products of tokens in registers and in memory, across the middle."""
+        p = mosaic.full((CHUNK, CHUNK), 0.0, TILE)
+        return self.between(mosaic.accumulated(p, x, mosaic.transposed(x_s)))
+
+    def _apart(self):
+        """0 for tokens of one block, 1 for those of two in a pair."""
+        i, j = tokens()
+        return (i >> self._n) ^ (j >> self._n)
+
+
+def tokens():
+    """Indices of a row's token and of a column's, `[CHUNK, CHUNK]`."""
+    shape = CHUNK, CHUNK
+    return tuple(mosaic.along(_indices(axis), axis, shape) for axis in range(2))
+
+
+def _indices(axis):
+    # Anew wherever they are used: masks that are kept take registers, and many.
+    return lax.optimization_barrier(mosaic.iota(CHUNK, axis))
+
+
+def itself(x):
+    """A diagonal matrix of the sums of rows."""
+    i, j = tokens()
+    return jnp.where(i == j, mosaic.along(x.sum(axis=1), 0, i.shape), 0.0)
+
+
+def load(ref):
+    """Tokens from shared memory, in float32."""
+    return mosaic.load(ref, TILE).astype(jnp.float32)

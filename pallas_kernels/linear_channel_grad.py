@@ -1,0 +1,317 @@
+"""Chunked linear attention on Hopper with a decay a channel: all gradients.
+
+From the end of the sequence, with the states that enter the chunks at hand. Between
+two blocks of tokens (`Pair`) a weight is a product of two decays that multiply the
+query and the key; what a token gets of the other block is a sum over that, decayed
+once more. Right blocks get gradients of queries and left ones those of keys, and as the
+matrix of `d_out . value` is made symmetric, one product serves both.
+
+A channel's decay weighs all pairs of a query from its token on and a key before it, so
+its gradient is the sum of their shares of the loss. From one token to the next that
+changes by what the token has as a query less what it has as a key. Both are made of
+the same rounded numbers, so that pairs inside a chunk cancel, and at the end of each
+chunk the sum is the inner product of the state and its gradient: it cannot drift.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import mosaic
+from pallas_kernels.linear_attention import Stream, row_of
+from pallas_kernels.linear_channel_decay import (
+    CHUNK,
+    LEVELS,
+    ROWS,
+    Decays,
+    Pair,
+    itself,
+    load,
+    tokens,
+)
+from pallas_kernels.mosaic import COL, TILE
+
+# Channels that are worked on at a time, for which there are registers.
+_PART = 32
+
+
+def linear_channel_grad(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    high: jax.Array,
+    low: jax.Array,
+    d_out: jax.Array,
+    states: jax.Array,
+    last: jax.Array,
+    d_last: jax.Array,
+    scale: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """Gradients of queries, keys, values, log decays and the state before them all.
+
+    Args:
+      query: `[B, T, N, H]`, T a multiple of `CHUNK`, H 64 or 128.
+      key: `[B, T, K, H]`.
+      value: `[B, T, K, V]`, V 64 or 128.
+      high: base-2 logarithm of the decays, `[B, T, N, H]`; see `in_two`.
+      low: what rounding left of it.
+      d_out: the output's cotangent, `[B, T, N, V]`.
+      states: those that enter the chunks, `[B, N, chunks, H, V]`.
+      last: the state after the last token, float32 `[B, N, H, V]`.
+      d_last: its cotangent.
+      scale: on the queries, float32 `[1]`, or `[B]`.
+
+    Returns:
+      Those of query, key and value for each of the N heads, `[B, T, N, *]` in their
+      dtype, and in float32 of natural logarithms of decays, `[B, T, N, H]`, and of the
+      state, `[B, N, H, V]`.
+    """
+    batch, heads, size, value_size = last.shape
+    length, dtype = key.shape[1], key.dtype
+    chunks = length // CHUNK
+    columns, parts = value_size // 2, size // 2 // _PART
+    tiles = [pl.ds(row, ROWS) for row in range(0, size, ROWS)]
+    stages = 1  # All that shared memory holds.
+    inputs = {"query": query, "key": key, "value": value, "high": high, "low": low}
+    inputs |= {"d_out": d_out, "states": states}
+
+    def body(*refs):
+        tokens_g = dict(zip(inputs, refs, strict=False))
+        last_g, d_last_g, scale_g, *rest = refs[len(inputs) :]
+        d_query_g, d_key_g, d_value_g, d_decay_g, d_first_g, *rest = rest
+        stream, local = Stream.of(tuple(inputs), rest)
+        tokens_s, fulls, frees = stream
+        weighed_s, change_s, scores_s, d_state_s, ends_s, met, written = local
+        h, b = (lax.axis_index(axis) for axis in ("h", "b"))
+        wg = lax.axis_index("wg")
+
+        def consume():
+            plgpu.set_max_registers(240, action="increase")
+            scale = scale_g[row_of(scale_g, b)]
+            q_s, k_s, v_s, high_s, low_s, do_s, entering_s = (
+                tokens_s[name].at[0] for name in inputs
+            )
+            decays = Decays(high_s, low_s)
+
+            def columns_of(wg):
+                return pl.ds(wg * columns, columns)
+
+            def part_of(wg, n):
+                return pl.ds((wg * parts + n) * _PART, _PART)
+
+            def shares():
+                """The gradients of scores, in memory symmetric; returns the diagonal."""
+                i, j = tokens()
+                d_scores = mosaic.product(do_s, mosaic.transposed(v_s))
+                mirrored = mosaic.product(v_s, mosaic.transposed(do_s))
+                both = jnp.where(i >= j, d_scores, mirrored)
+                scores_s.at[again(wg)][...] = both.astype(dtype)
+                return jnp.where(i == j, d_scores, 0.0).sum(axis=1)
+
+            def level(n, carry, part):
+                """What tokens get of each other across the middle of their pairs."""
+                p, d_query, d_key, change = carry
+                pair, me = Pair(n), again(wg)
+                part = part_of(me, part)
+                x_s = weighed_s.at[me, lax.rem(n, jnp.int32(2))]
+                decay = pair.decay(decays, part)
+                right = pair.right(decay.shape)
+                q, k = load(q_s.at[:, part]) * scale, load(k_s.at[:, part])
+                x = (jnp.where(right, q, k) * decay).astype(dtype)
+                x_s[...] = x
+                plgpu.commit_smem()
+                p = p + pair.products(x, x_s)
+                near = pair.between(mosaic.load(scores_s.at[me], TILE))
+                seen = mosaic.full(decay.shape, 0.0, TILE)
+                seen = mosaic.accumulated(seen, near, x_s)
+                grad, both = seen * decay, seen * load(x_s)
+                return (
+                    p,
+                    d_query + jnp.where(right, grad, 0.0),
+                    d_key + jnp.where(right, 0.0, grad),
+                    change + jnp.where(right, both, -both),
+                )
+
+            def channels(n, p, rows, diagonal):
+                """The gradients of one part of the channels, and its scores."""
+                part = part_of(again(wg), n)
+                shape = CHUNK, _PART
+                i, j = tokens()
+                own_q, own_k = q_s.at[:, part], k_s.at[:, part]
+                q, k = load(own_q) * scale, load(own_k)
+                diagonal = mosaic.along(diagonal, 0, shape)
+                # What is staged there has been copied.
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.commit_smem()
+                none = mosaic.full(shape, 0.0, TILE)
+                p, d_query, d_key, change = lax.fori_loop(
+                    0,
+                    LEVELS,
+                    functools.partial(level, part=n),
+                    (p + itself(q * k), diagonal * k, diagonal * q, none),
+                )
+                # Queries and keys give way to what the states are to them.
+                me = again(wg)
+                part = part_of(me, n)
+                own_q, own_k = q_s.at[:, part], k_s.at[:, part]
+                decay = decays.over(j <= i, part)
+                seen = mosaic.product(do_s, mosaic.transposed(entering_s.at[part]))
+                q = (load(own_q) * scale * decay).astype(dtype)
+                own_q[...] = q
+                d_query = d_query + seen * decay
+                change = change + q.astype(jnp.float32) * seen
+                decay = decays.over(j > i, part)
+                seen = mosaic.product(v_s, mosaic.transposed(d_state_s.at[part]))
+                k = (load(own_k) * decay).astype(dtype)
+                own_k[...] = k
+                d_key = d_key + seen * decay
+                change = change - k.astype(jnp.float32) * seen
+                plgpu.commit_smem()
+                high, low = change_s.at[me, 0], change_s.at[me, 1]
+                rounded = change.astype(jnp.bfloat16)
+                high[...] = rounded
+                low[...] = (change - rounded.astype(jnp.float32)).astype(jnp.bfloat16)
+                for slot, grad in enumerate((d_query * scale, d_key)):
+                    weighed_s.at[me, slot][...] = grad.astype(dtype)
+                plgpu.commit_smem()
+                for slot, grad_g in enumerate((d_query_g, d_key_g)):
+                    place = grad_g.at[b, rows, h, part]
+                    plgpu.copy_smem_to_gmem(weighed_s.at[me, slot], place)
+                later = jnp.where(j >= i, 1.0, 0.0).astype(jnp.bfloat16)
+                end = sum(mosaic.load(ends_s.at[one, part], COL) for one in range(2))
+                d_decay = mosaic.along(end, 1, shape)
+                d_decay = mosaic.accumulated(d_decay, later, high, low)
+                d_decay_g.at[b, rows, h, part][...] = d_decay
+                return p
+
+            def publish(d_state, state_ref):
+                """For both to read; `ends_s` becomes the sum at that place."""
+                me = again(wg)
+                own = columns_of(me)
+                for tile, x in zip(tiles, d_state, strict=True):
+                    d_state_s.at[tile, own][...] = x.astype(dtype)
+                    state = mosaic.load(state_ref.at[tile, own], TILE)
+                    ends = (x * state.astype(jnp.float32)).sum(axis=1)
+                    ends_s.at[me, tile][...] = ends
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(written)
+                plgpu.barrier_wait(written)
+
+            def step(n, d_state):
+                chunk = chunks - 1 - n
+                rows = pl.ds(chunk * CHUNK, CHUNK)
+                for name in fulls:
+                    plgpu.barrier_wait(fulls[name].at[0])
+                diagonal = shares()
+                p = lax.fori_loop(
+                    0,
+                    parts,
+                    lambda n, p: channels(n, p, rows, diagonal),
+                    mosaic.full((CHUNK, CHUNK), 0.0, TILE),
+                )
+                i, j = tokens()
+                me = again(wg)
+                own = columns_of(me)
+                # The scores take the place of their gradients.
+                scores_s.at[me][...] = jnp.where(i <= j, p, 0.0).astype(dtype)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(met)
+                plgpu.barrier_wait(met)
+                d_value = mosaic.full((CHUNK, columns), 0.0, TILE)
+                for one in range(2):
+                    d_value = mosaic.accumulated(
+                        d_value, scores_s.at[one], do_s.at[:, own]
+                    )
+                d_value = mosaic.accumulated(d_value, k_s, d_state_s.at[:, own])
+                plgpu.barrier_arrive(frees["key"].at[0])
+                # The values have been read: their place takes their gradients.
+                v_s.at[:, own][...] = d_value.astype(dtype)
+                plgpu.commit_smem()  # All have read the state as well.
+                before = []
+                for tile, x in zip(tiles, d_state, strict=True):
+                    x = x * mosaic.along(decays.across(tile), 0, x.shape)
+                    q = mosaic.load_transposed(q_s.at[:, tile])
+                    before.append(mosaic.accumulated(x, q, do_s.at[:, own]))
+                for name in ("query", "high", "low", "d_out"):
+                    plgpu.barrier_arrive(frees[name].at[0])
+                publish(before, entering_s)
+                plgpu.barrier_arrive(frees["states"].at[0])
+
+                @pl.when(wg == 0)
+                def _():
+                    plgpu.copy_smem_to_gmem(v_s, d_value_g.at[b, rows, h])
+
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.barrier_arrive(frees["value"].at[0])
+                return tuple(before)
+
+            own = columns_of(wg)
+            d_state = tuple(
+                mosaic.load(d_last_g.at[b, h, tile, own], TILE) for tile in tiles
+            )
+            publish(d_state, last_g.at[b, h])
+            d_state = lax.fori_loop(0, chunks, step, d_state)
+            for tile, x in zip(tiles, d_state, strict=True):
+                d_first_g.at[b, h, tile, own][...] = x
+            plgpu.wait_smem_to_gmem(0)
+
+        def produce():
+            plgpu.set_max_registers(24, action="decrease")
+
+            def source(name, n):
+                gmem, chunk = tokens_g[name], chunks - 1 - n
+                if name == "states":
+                    return gmem.at[b, h, chunk]
+                head = lax.div(h, jnp.int32(heads // gmem.shape[2]))
+                return gmem.at[b, pl.ds(chunk * CHUNK, CHUNK), head]
+
+            mosaic.by_one_warp(lambda: stream.copy(source, chunks, stages))
+
+        pl.when(wg < 2)(consume)
+        pl.when(wg == 2)(produce)
+
+    # A part is a whole tile.
+    swizzle = mosaic.swizzle_of(_PART, dtype)
+    tiled = functools.partial(mosaic.tiled, dtype=dtype, swizzle=swizzle)
+    shapes = {name: (CHUNK, x.shape[-1]) for name, x in inputs.items()}
+    shapes["states"] = size, value_size
+    like = lambda *shape: jax.ShapeDtypeStruct((batch, length, heads, *shape), dtype)
+    return mosaic.call(
+        body,
+        (*inputs.values(), last, d_last, scale),
+        (
+            like(size),
+            like(size),
+            like(value_size),
+            jax.ShapeDtypeStruct((batch, length, heads, size), jnp.float32),
+            jax.ShapeDtypeStruct(last.shape, jnp.float32),
+        ),
+        scratch=[
+            *Stream.scratch(
+                {name: tiled((stages, *shape)) for name, shape in shapes.items()}
+            ),
+            tiled((2, 2, CHUNK, _PART)),
+            mosaic.tiled((2, 2, CHUNK, _PART), jnp.bfloat16),
+            tiled((2, CHUNK, CHUNK)),
+            tiled((size, value_size)),
+            plgpu.SMEM((2, size), jnp.float32),
+            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_arrivals=2),
+        ],
+        grid=(heads, batch),
+        grid_names=("h", "b"),
+        num_threads=3,
+        thread_name="wg",
+        kernel_name="linear_channel_grad",
+    )
+
+
+def again(x):
+    """A number in a new register: addresses that are made of it are not kept in some."""
+    return lax.optimization_barrier(x)
