@@ -168,8 +168,14 @@ def lightning_lrpe(config: LMConfig, layer: int, rngs: nnx.Rngs) -> Attention:
     return lightning(config, layer, rngs, position=lrpe)
 
 
+def retention(config: LMConfig, layer: int, rngs: nnx.Rngs) -> Attention:
+    """Gated linear attention with RetNet's decays: head h forgets within 2 ** (5 + h) tokens."""
+    mixer = LinearMixer(decay.retnet(config.num_heads))
+    return _attention(config, mixer, rngs, norm=SRMSNorm(), gate=jax.nn.silu)
+
+
 def gated_linear(config: LMConfig, layer: int, rngs: nnx.Rngs) -> Attention:
-    """The same with a decay that each token sets, one a head."""
+    """Linear attention with a decay that each token sets, one a head."""
     log_decay = LogDecay(
         config.d_model, config.num_heads, dtype=jnp.dtype(config.dtype), rngs=rngs
     )
@@ -200,6 +206,7 @@ TOKEN_MIXERS: dict[str, TokenMixer] = {
     "taylor": taylor,
     "lightning": lightning,
     "lightning_lrpe": lightning_lrpe,
+    "retention": retention,
     "gated_linear": gated_linear,
     "convolution": convolution,
 }

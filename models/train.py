@@ -235,7 +235,7 @@ def _begin(task: Task, config: TrainConfig):
 
 def _trained(graph: nnx.GraphDef, *parts: Any) -> Any:
     model = nnx.merge(graph, *parts)
-    model.eval(raise_if_not_found=False)
+    model.eval()
     return model
 
 
