@@ -1,7 +1,7 @@
 """What DHSA keeps of dense attention with chunks that follow the text, and with others.
 
-Nothing is trained: keys and queries are drawn as those of a text that goes from topic to
-topic, and the mass of dense attention on the tokens that DHSA chooses is summed.
+Nothing is trained: keys and queries are drawn as those of a text that goes from topic
+to topic, and the mass of dense attention on the tokens that DHSA chooses is summed.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import pathlib
 
 import jax
@@ -64,7 +65,7 @@ class NeedleExperiment:
     def ranges(self) -> list[str]:
         """What the measures of the ranges of distance are called."""
         ends = np.linspace(0, self.length, self.parts + 1).astype(int).tolist()
-        return [f"accuracy, {a} to {b} back" for a, b in zip(ends, ends[1:], strict=False)]
+        return [f"accuracy, {a} to {b} back" for a, b in itertools.pairwise(ends)]
 
     def _loss(self, model: LM, step: jax.Array) -> jax.Array:
         key = jax.random.fold_in(self._keys()[0], step)
@@ -194,8 +195,8 @@ def _experiment(name: str, *pattern: str, needles: int, values: int, **sizes):
 _passkey = functools.partial(
     _experiment, needles=1, values=16, num_layers=6, block_size=8, window=62
 )
-# As many keys in the window as in spans and window at the end of the sequence. The layer
-# below, which tells anchors what is near, forgets within 32 tokens, or 64.
+# The window has as many keys as the last query sees of spans and its own window. The
+# layer below, which tells anchors what is near, forgets within 32 tokens, or 64.
 _needle = functools.partial(_experiment, needles=8, values=8, num_layers=2, window=210)
 EXPERIMENTS = {
     "passkey-power": _passkey("passkey-power", "power"),

@@ -67,6 +67,28 @@ def moba(config: LMConfig, layer: int, rngs: nnx.Rngs) -> Attention:
     return _rotary(config, MoBAMixer(config.block_size, config.top_k), rngs)
 
 
+def moh(config: LMConfig, layer: int, rngs: nnx.Rngs) -> Attention:
+    """The same, of which each token activates `config.active_heads` heads."""
+    router = HeadRouter(
+        config.d_model,
+        config.num_heads,
+        num_shared=config.shared_heads,
+        top_k=config.active_heads - config.shared_heads,
+        rngs=rngs,
+    )
+    return _rotary(config, MoHMixer(SoftmaxMixer(), router), rngs)
+
+
+def moh_query(config: LMConfig, layer: int, rngs: nnx.Rngs) -> Attention:
+    """The same with the parameters of `softmax`, to go on training them."""
+    router = QueryRouter(
+        config.num_heads,
+        num_shared=config.shared_heads,
+        top_k=config.active_heads - config.shared_heads,
+    )
+    return _rotary(config, MoHMixer(SoftmaxMixer(), router), rngs)
+
+
 def superlinear(config: LMConfig, layer: int, rngs: nnx.Rngs) -> Attention:
     """Softmax attention to 15 tokens and to the spans that a router finds.
 
@@ -100,28 +122,6 @@ def routing(config: LMConfig, layer: int, rngs: nnx.Rngs) -> Attention:
         (local, WindowMixer(config.window - 1)), (config.num_heads - local, clusters)
     )
     return _attention(config, mixer, rngs, position=_RotaryHeads(local))
-
-
-def moh(config: LMConfig, layer: int, rngs: nnx.Rngs) -> Attention:
-    """The same, of which each token activates `config.active_heads` heads."""
-    router = HeadRouter(
-        config.d_model,
-        config.num_heads,
-        num_shared=config.shared_heads,
-        top_k=config.active_heads - config.shared_heads,
-        rngs=rngs,
-    )
-    return _rotary(config, MoHMixer(SoftmaxMixer(), router), rngs)
-
-
-def moh_query(config: LMConfig, layer: int, rngs: nnx.Rngs) -> Attention:
-    """The same with the parameters of `softmax`, to go on training them."""
-    router = QueryRouter(
-        config.num_heads,
-        num_shared=config.shared_heads,
-        top_k=config.active_heads - config.shared_heads,
-    )
-    return _rotary(config, MoHMixer(SoftmaxMixer(), router), rngs)
 
 
 def linear(config: LMConfig, layer: int, rngs: nnx.Rngs) -> Attention:
@@ -169,7 +169,7 @@ def lightning_lrpe(config: LMConfig, layer: int, rngs: nnx.Rngs) -> Attention:
 
 
 def retention(config: LMConfig, layer: int, rngs: nnx.Rngs) -> Attention:
-    """Gated linear attention with RetNet's decays: head h forgets within 2 ** (5 + h) tokens."""
+    """Gated linear attention with RetNet's decays: head h has 2 ** (5 + h) tokens."""
     mixer = LinearMixer(decay.retnet(config.num_heads))
     return _attention(config, mixer, rngs, norm=SRMSNorm(), gate=jax.nn.silu)
 
@@ -198,10 +198,10 @@ TOKEN_MIXERS: dict[str, TokenMixer] = {
     "window": window,
     "power": power,
     "moba": moba,
-    "superlinear": superlinear,
-    "routing": routing,
     "moh": moh,
     "moh_query": moh_query,
+    "superlinear": superlinear,
+    "routing": routing,
     "linear": linear,
     "taylor": taylor,
     "lightning": lightning,
