@@ -56,10 +56,9 @@ SECTIONS = (
         "Nats per byte of the last tenth of the text, the rest of which was learned "
         "from; at most ten million parameters. Marks: "
         + ", ".join(f"{name} {value}" for name, value in ANCHORS.items())
-        + ". The last byte is that of windows of 1024, which nothing follows: what "
-        "tokens share a cluster of `routing` depends on all of a window, and what `moba` "
-        "chooses does not. `moh` activates nine of the twelve heads that `moh-dense` "
-        "has.",
+        + ". The last byte is that of a window of 1024: nothing follows it. What tokens "
+        "share a cluster of `routing` depends on the whole window; what `moba` chooses "
+        "does not. `moh` activates nine of the twelve heads that `moh-dense` has.",
         {
             "transformer": _LOSS,
             "tnl": _NEAR_LOSS,
@@ -107,12 +106,12 @@ SECTIONS = (
     Section(
         "Needles at a distance",
         "Accuracy of values that a token named up to 1024 tokens back, the mean over "
-        "eight ranges of distance. A passkey is one value of sixteen (chance 0.063), for "
-        "six layers that see powers of two of blocks (PowerAttention, "
-        "arXiv:2503.03588), or a window of as many keys, 62 in the mean, whose layers "
-        "reach 366 back. Needles are eight, each of eight values (chance 0.125), for one "
-        "layer of short memory and one of attention: Superlinear (arXiv:2601.18401), a "
-        "window of as many keys, or all.",
+        "eight ranges of distance. A passkey is one value of sixteen (chance 0.063), "
+        "for six layers that see blocks at powers of two (PowerAttention, "
+        "arXiv:2503.03588), or a window of as many keys, 62 in the mean, which reach "
+        "366 back. Needles are eight, each of eight values (chance 0.125), for a layer "
+        "of short memory below one of attention: Superlinear (arXiv:2601.18401), a "
+        "window of as many keys, or dense.",
         {
             "passkey-power": Target("accuracy", at_least=0.9),
             "passkey-window": Target("accuracy, 896 to 1024 back", at_most=0.1),

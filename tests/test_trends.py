@@ -1,4 +1,4 @@
-"""What sparse attention should show: needles, chunks, and centroids that are carried."""
+"""What sparse attention should show: needles, chunks, and clusters that learn."""
 
 import dataclasses
 
@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import shaken
 
 from attnx import masks
 from attnx.nn.routing import CentroidStat
 from models import chunks, needle, text
-from models.lm import LMConfig
+from models.lm import LM, LMConfig
 from models.needle import NO_LABEL, NeedleExperiment, haystacks, vocabulary
-from models.train import TrainConfig, load, train
+from models.train import Task, TrainConfig, load, train
 
 TINY = NeedleExperiment(
     folder=None,
@@ -146,31 +147,39 @@ def test_a_change_is_where_it_is():
     assert chunks.kept(key, key, starts, 1, 40) == pytest.approx(1)
 
 
-ROUTING = text.TextExperiment(
-    model=LMConfig(
-        ("routing",),
-        num_layers=1,
-        d_model=16,
-        num_heads=2,
-        mlp_dim=0,
-        window=8,
-        num_clusters=4,
-    ),
-    training=TrainConfig(steps=4, warmup_steps=1, save_every=2, validate_every=4),
-    batch_size=2,
-    length=32,
-    validation_length=32,
-)
+class Centre(nnx.Variable):
+    """The mean of what a model has seen: not a parameter."""
 
 
-def test_centroids_are_carried_through_training_and_checkpoints(tmp_path):
-    """A run that fails in between ends where the others end, its centroids too."""
-    task = ROUTING.task()
-    stat = lambda model: nnx.state(model, CentroidStat)
-    start = stat(task.model(nnx.Rngs(0)))
-    whole = train(task, ROUTING.training, tmp_path / "whole")
-    moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), stat(whole), start)
-    assert min(jax.tree.leaves(moved)) > 1e-3
+class Centred(nnx.Module):
+    """A parameter that follows a moving average of the data."""
+
+    def __init__(self):
+        self.guess = nnx.Param(jnp.zeros(3))
+        self.centre = Centre(jnp.zeros(3))
+        self.use_running_average = False
+
+    def __call__(self, x):
+        if not self.use_running_average:
+            self.centre[...] = 0.5 * self.centre + 0.5 * x
+        return ((self.guess - self.centre) ** 2).sum()
+
+
+def test_what_a_model_changes_is_carried_through_training_and_checkpoints(tmp_path):
+    """A run that fails in between ends where the others end."""
+    task = Task(
+        model=lambda rngs: Centred(),
+        batch=lambda step: np.full(3, step, np.float32),
+        loss=lambda model, batch: model(batch),
+        validate=lambda model: float(model(jnp.full(3, 100.0))),
+        tokens=1,
+    )
+    config = TrainConfig(steps=4, warmup_steps=1, save_every=2, validate_every=4)
+    whole = train(task, config, tmp_path / "whole")
+    # Of 0, 1, 2 and 3; measuring leaves it where it is.
+    chex.assert_trees_all_close(whole.centre[...], jnp.full(3, 2.125))
+    assert whole.use_running_average
+    assert float(whole.guess[0]) != 0
 
     def fail(step):
         if step == 3:
@@ -178,17 +187,44 @@ def test_centroids_are_carried_through_training_and_checkpoints(tmp_path):
         return task.batch(step)
 
     with pytest.raises(OSError, match="gone"):
-        broken = dataclasses.replace(task, batch=fail)
-        train(broken, ROUTING.training, tmp_path / "cut")
-    resumed = train(task, ROUTING.training, tmp_path / "cut")
-    chex.assert_trees_all_equal(nnx.state(resumed), nnx.state(whole))
-    loaded = load(task, ROUTING.training, tmp_path / "whole")
-    chex.assert_trees_all_equal(nnx.state(loaded), nnx.state(whole))
-    # Measuring leaves them where they are.
-    before = stat(loaded)
-    task.validate(loaded)
-    loaded(jnp.zeros((1, 32), int))
-    chex.assert_trees_all_equal(stat(loaded), before)
+        train(dataclasses.replace(task, batch=fail), config, tmp_path / "cut")
+    resumed = train(task, config, tmp_path / "cut")
+    loaded = load(task, config, tmp_path / "whole")
+    for other in (resumed, loaded):
+        assert other.use_running_average
+        chex.assert_trees_all_equal(nnx.state(other), nnx.state(whole))
+
+
+def test_centroids_follow_and_pull(tmp_path):
+    """Training moves them; the weight of their loss moves what they follow."""
+    model = LMConfig(
+        ("routing",), num_layers=1, d_model=8, num_heads=2, mlp_dim=0, num_clusters=2
+    )
+    experiment = text.TextExperiment(model=dataclasses.replace(model, window=4))
+    experiment = dataclasses.replace(experiment, load_balance=0.0)
+    graph, params, rest = nnx.split(
+        shaken(LM(experiment.model, rngs=nnx.Rngs(0))), nnx.Param, ...
+    )
+    windows = np.arange(34, dtype=np.uint8).reshape(2, 17)
+
+    @jax.jit
+    def gradient(params, weight):
+        def loss(params):
+            model = nnx.merge(graph, params, rest, copy=True)
+            weighed = dataclasses.replace(experiment, commitment=weight)
+            return weighed._loss(model, (windows, 0)), nnx.state(model, CentroidStat)
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    without, stats = gradient(params, 0.0)
+    before = nnx.state(nnx.merge(graph, params, rest), CentroidStat)
+    moved = jax.tree.map(lambda a, b: abs(a - b).max(), stats, before)
+    assert min(jax.tree.leaves(moved)) > 1e-4
+    pulled, _ = gradient(params, 1.0)
+    change = jax.tree.map(lambda a, b: abs(a - b).max(), pulled, without)
+    routed = change["blocks"][0]["attention"]
+    assert routed["key"]["kernel"][...] > 1e-4
+    assert routed["value"]["kernel"][...] == 0
 
 
 def test_last_byte_is_predicted_from_those_before_it():
