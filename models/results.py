@@ -56,9 +56,9 @@ SECTIONS = (
         "Nats per byte of the last tenth of the text, the rest of which was learned "
         "from; at most ten million parameters. Marks: "
         + ", ".join(f"{name} {value}" for name, value in ANCHORS.items())
-        + ". The last byte is that of a window of 1024: nothing follows it. What tokens "
-        "share a cluster of `routing` depends on the whole window; what `moba` chooses "
-        "does not. `moh` activates nine of the twelve heads that `moh-dense` has.",
+        + ". The last byte is that of a window of 1024: nothing follows it. Which "
+        "tokens share a cluster of `routing` depends on the whole window; what `moba` "
+        "chooses does not. `moh` activates nine of the twelve heads that `moh-dense` has.",
         {
             "transformer": _LOSS,
             "tnl": _NEAR_LOSS,
