@@ -58,7 +58,8 @@ SECTIONS = (
         + ", ".join(f"{name} {value}" for name, value in ANCHORS.items())
         + ". The last byte is that of a window of 1024: nothing follows it. Which "
         "tokens share a cluster of `routing` depends on the whole window; what `moba` "
-        "chooses does not. `moh` activates nine of the twelve heads that `moh-dense` has.",
+        "chooses does not. `moh` activates nine of the twelve heads that `moh-dense` "
+        "has.",
         {
             "transformer": _LOSS,
             "tnl": _NEAR_LOSS,
