@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import shaken
 
 from attnx import masks
-from attnx.nn.routing import CentroidStat
+from attnx.nn.routing import CentroidStat, CommitmentLoss
 from models import chunks, needle, text
 from models.lm import LM, LMConfig
 from models.needle import NO_LABEL, NeedleExperiment, haystacks, vocabulary
@@ -195,36 +194,30 @@ def test_what_a_model_changes_is_carried_through_training_and_checkpoints(tmp_pa
         chex.assert_trees_all_equal(nnx.state(other), nnx.state(whole))
 
 
-def test_centroids_follow_and_pull(tmp_path):
-    """Training moves them; the weight of their loss moves what they follow."""
-    model = LMConfig(
+def test_centroids_follow_what_routing_layers_see():
+    """A step of training moves them, and has their loss in its own, by its weight."""
+    config = LMConfig(
         ("routing",), num_layers=1, d_model=8, num_heads=2, mlp_dim=0, num_clusters=2
     )
-    experiment = text.TextExperiment(model=dataclasses.replace(model, window=4))
-    experiment = dataclasses.replace(experiment, load_balance=0.0)
-    graph, params, rest = nnx.split(
-        shaken(LM(experiment.model, rngs=nnx.Rngs(0))), nnx.Param, ...
+    experiment = text.TextExperiment(
+        model=dataclasses.replace(config, window=4), commitment=10.0
     )
     windows = np.arange(34, dtype=np.uint8).reshape(2, 17)
 
     @jax.jit
-    def gradient(params, weight):
-        def loss(params):
-            model = nnx.merge(graph, params, rest, copy=True)
-            weighed = dataclasses.replace(experiment, commitment=weight)
-            return weighed._loss(model, (windows, 0)), nnx.state(model, CentroidStat)
+    def step(model):
+        loss = experiment._loss(model, (windows, 0))
+        return loss, nnx.state(model, (CentroidStat, CommitmentLoss))
 
-        return jax.grad(loss, has_aux=True)(params)
-
-    without, stats = gradient(params, 0.0)
-    before = nnx.state(nnx.merge(graph, params, rest), CentroidStat)
-    moved = jax.tree.map(lambda a, b: abs(a - b).max(), stats, before)
-    assert min(jax.tree.leaves(moved)) > 1e-4
-    pulled, _ = gradient(params, 1.0)
-    change = jax.tree.map(lambda a, b: abs(a - b).max(), pulled, without)
-    routed = change["blocks"][0]["attention"]
-    assert routed["key"]["kernel"][...] > 1e-4
-    assert routed["value"]["kernel"][...] == 0
+    model = LM(experiment.model, rngs=nnx.Rngs(0))
+    loss, moved = step(model)
+    [commitment] = jax.tree.leaves(nnx.filter_state(moved, CommitmentLoss))
+    assert commitment > 0.1
+    # All bytes are alike to a new model.
+    assert float(loss) == pytest.approx(np.log(256) + 10 * commitment, rel=1e-5)
+    before = nnx.state(model, (CentroidStat, CommitmentLoss))
+    change = jax.tree.map(lambda a, b: abs(a - b).max(), moved, before)
+    assert min(jax.tree.leaves(change)) > 1e-4
 
 
 def test_last_byte_is_predicted_from_those_before_it():
