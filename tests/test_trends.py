@@ -211,7 +211,7 @@ def test_centroids_follow_what_routing_layers_see():
 
     model = LM(experiment.model, rngs=nnx.Rngs(0))
     loss, moved = step(model)
-    [commitment] = jax.tree.leaves(nnx.filter_state(moved, CommitmentLoss))
+    [commitment] = map(float, jax.tree.leaves(nnx.filter_state(moved, CommitmentLoss)))
     assert commitment > 0.1
     # All bytes are alike to a new model.
     assert float(loss) == pytest.approx(np.log(256) + 10 * commitment, rel=1e-5)
