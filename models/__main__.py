@@ -11,10 +11,11 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import jax
 import tyro
 
 from benchmarks.measure import provenance
-from models import anchors, data, recall, results, runs, text, vision
+from models import anchors, chunks, data, needle, recall, results, runs, text, vision
 from models import demo as demonstration
 from models import speed as generation
 from models.mesh import make_mesh
@@ -30,6 +31,7 @@ EXPERIMENTS: dict[str, Any] = {
     **LANGUAGE_MODELS,
     **vision.EXPERIMENTS,
     **recall.EXPERIMENTS,
+    **needle.EXPERIMENTS,
     **POINTER_NETWORKS,
 }
 if TYPE_CHECKING:
@@ -56,6 +58,7 @@ def main() -> None:
         "answers": answers,
         "results": write_results,
         "speed": measure_speed,
+        "chunks": measure_chunks,
         "anchors": measure_anchors,
         "demo": demo,
     }
@@ -202,6 +205,27 @@ def measure_speed(
             "milliseconds": times,
         }
         results.keep(f"speed-{name}", result)
+
+
+def measure_chunks(seeds: tuple[int, ...] = (0, 1, 2, 3, 4), commit: str = "") -> None:
+    """Measure what DHSA's chunks keep of dense attention; keep it in models/results.
+
+    Args:
+      seeds: of the texts.
+      commit: by default git is asked.
+    """
+    found = [chunks.measure(seed) for seed in seeds]
+    shares = jax.tree.map(lambda *each: [round(x, 5) for x in each], *found)
+    for way, budgets in shares.items():
+        for budget, each in budgets.items():
+            print(f"{sum(each) / len(each):.4f} of the mass on {budget} keys: {way}")
+    result = {
+        "command": runs.command(),
+        **provenance(commit),
+        "seeds": seeds,
+        "shares": shares,
+    }
+    results.keep("chunks", result)
 
 
 def measure_anchors() -> None:

@@ -35,10 +35,11 @@ class LMConfig:
       dropout: of what each mixer adds, and of the embedding, while training.
       dtype: of the activations. Parameters, the residual stream and logits are float32.
         GPU kernels want bfloat16.
-      window: tokens that `window` sees.
+      window: tokens that `window` and the local heads of `routing` see.
       feature_dim: channels of a query or key of `taylor`.
       block_size: tokens in a block of `moba` and `power`.
       top_k: blocks that a query of `moba` attends, its own included.
+      num_clusters: of a routing head of `routing`.
       shared_heads: heads of `moh` that every token activates.
       active_heads: heads of `moh` that each token activates, the shared ones included.
 
@@ -60,6 +61,7 @@ class LMConfig:
     feature_dim: int = 16
     block_size: int = 64
     top_k: int = 4
+    num_clusters: int = 16
     shared_heads: int = 1
     active_heads: int = 3
 

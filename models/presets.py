@@ -50,6 +50,8 @@ PRESETS = {
     "window": _preset("window", "window", window=128),
     "power": _preset("power", "power", block_size=32),
     "moba": _preset("moba", "moba"),
+    # Routing Transformer (arXiv:2003.05997): half of the last layer's heads.
+    "routing": _preset("routing", *["window"] * 5, "routing", window=128),
     "gated-linear": _preset("gated-linear", "gated_linear", **_GATED),
     # One layer of softmax to two of linear attention, or of a window.
     "hybrid": _preset("hybrid", "lightning", "lightning", "softmax", **_GATED),

@@ -9,6 +9,8 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from models import runs, speed
 from models.anchors import ANCHORS
 from models.train import read_metrics
@@ -46,6 +48,7 @@ class Section(NamedTuple):
 _LOSS = Target("nats per byte", at_most=1.20)
 # Three percent above the transformer's.
 _NEAR_LOSS = Target("nats per byte", at_most=1.236)
+_NEAR_LAST = Target("nats of the last byte", at_most=1.236)
 _ANY_LOSS = Target("nats per byte")
 SECTIONS = (
     Section(
@@ -53,7 +56,10 @@ SECTIONS = (
         "Nats per byte of the last tenth of the text, the rest of which was learned "
         "from; at most ten million parameters. Marks: "
         + ", ".join(f"{name} {value}" for name, value in ANCHORS.items())
-        + ". `moh` activates nine of the twelve heads that `moh-dense` has.",
+        + ". The last byte is that of a window of 1024: nothing follows it. Which "
+        "tokens share a cluster of `routing` depends on the whole window; what `moba` "
+        "chooses does not. `moh` activates nine of the twelve heads that `moh-dense` "
+        "has.",
         {
             "transformer": _LOSS,
             "tnl": _NEAR_LOSS,
@@ -66,7 +72,8 @@ SECTIONS = (
             "hybrid-window": _ANY_LOSS,
             "window": _ANY_LOSS,
             "power": _ANY_LOSS,
-            "moba": _ANY_LOSS,
+            "moba": _NEAR_LOSS,
+            "routing": _NEAR_LAST,
         },
     ),
     Section(
@@ -119,6 +126,23 @@ SECTIONS = (
             "tsp": Target("excess of the shortest, 10 points", at_most=0.01),
             "tsp-20": Target("excess of the shortest, 20 points", at_most=0.03),
             "tsp-attention": Target("excess of the shortest, 20 points", at_most=0.03),
+        },
+    ),
+    Section(
+        "Needles at a distance",
+        "Accuracy of values that a token named up to 1024 tokens back, the mean over "
+        "eight ranges of distance. A passkey is one value of sixteen (chance 0.063), "
+        "for six layers that see blocks at powers of two (PowerAttention, "
+        "arXiv:2503.03588), or a window of as many keys, 62 in the mean, which reach "
+        "366 back. Needles are eight, each of eight values (chance 0.125), for a layer "
+        "of short memory below one of attention: Superlinear (arXiv:2601.18401), a "
+        "window of as many keys, or dense.",
+        {
+            "passkey-power": Target("accuracy", at_least=0.9),
+            "passkey-window": Target("accuracy, 896 to 1024 back", at_most=0.1),
+            "needle-superlinear": Target("accuracy", at_least=0.9),
+            "needle-window": Target("accuracy, 896 to 1024 back", at_most=0.2),
+            "needle-dense": Target("accuracy", at_least=0.99),
         },
     ),
 )
@@ -212,6 +236,7 @@ def page() -> str:
                 command = f"`python -m models train {name}`"
                 lines.append(_row(name, target, "not run yet", "", "", "", "", command))
         lines.append("")
+    lines += _chunks(read("chunks.json"))
     return "\n".join([*lines, *_speed(read("speed-*.json"))]) + "\n"
 
 
@@ -233,6 +258,37 @@ def _reached(target: Target, result: dict[str, Any]) -> str:
         _where(result),
         f"`{result['command']}`",
     )
+
+
+def _chunks(results: list[dict[str, Any]]) -> Iterator[str]:
+    yield "## Chunks that follow the text"
+    yield ""
+    yield textwrap.fill(
+        "Share of the mass of dense attention that DHSA (arXiv:2510.24606) keeps on a "
+        "budget of keys, with chunks of equal size, chunks that start where mean keys "
+        "before and after differ most, and the true segments. Keys and queries of 2048 "
+        "tokens are drawn, of topics in segments of 8 to 140 tokens; nothing is "
+        "trained. Mean over seeds, and the least and the most.",
+        88,
+    )
+    yield ""
+    if not results:
+        yield "Not run yet: `python -m models chunks`."
+    for result in results:
+        ways = result["shares"]
+        budgets = list(next(iter(ways.values())))
+        heads = [f"{budget} keys" for budget in budgets]
+        yield _row("chunks", *heads, "seeds", "where", "command")
+        yield _row("---", *["--:"] * len(heads), "---", "---", "---")
+        for way, shares in ways.items():
+            cells = [
+                f"{np.mean(each):.3f} ({min(each):.3f} to {max(each):.3f})"
+                for each in shares.values()
+            ]
+            link = f"[{way}](../models/results/{result['path'].name})"
+            seeds = ", ".join(map(str, result["seeds"]))
+            yield _row(link, *cells, seeds, _where(result), f"`{result['command']}`")
+    yield ""
 
 
 def _speed(results: list[dict[str, Any]]) -> Iterator[str]:

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from attnx.nn.routing import CommitmentLoss
 from models import data, runs
 from models.anchors import ANCHORS
 from models.lm import LM, LMConfig
@@ -31,6 +32,7 @@ class TextExperiment:
       length: bytes predicted in each.
       validation_length: bytes of context at most when measuring.
       load_balance: weight of the load-balance loss of Mixture-of-Head layers.
+      commitment: weight of the commitment loss of Routing layers.
       start_from: a run whose model has the same parameters, to go on from in place of
         random ones.
     """
@@ -42,6 +44,7 @@ class TextExperiment:
     length: int = 256
     validation_length: int = 1024
     load_balance: float = 0.01
+    commitment: float = 1e-4
     start_from: str | None = None
 
     def task(self) -> Task[LM]:
@@ -64,7 +67,8 @@ class TextExperiment:
         """Measures a model on the whole validation text."""
         _, validation = data.split(data.king_james())
         loss = nats_per_byte(model, validation, self.validation_length)
-        return {"nats per byte": loss}
+        last = nats_of_last_byte(model, validation, self.validation_length)
+        return {"nats per byte": loss, "nats of the last byte": last}
 
     def _model(self, rngs: nnx.Rngs) -> LM:
         model = LM(self.model, rngs=rngs)
@@ -85,7 +89,12 @@ class TextExperiment:
             key = jax.random.fold_in(key, step)
         windows = jnp.asarray(windows, jnp.int32)
         logits, balance = model.with_load_balance(windows[:, :-1], dropout_key=key)
-        return _cross_entropy(logits, windows[:, 1:]) + self.load_balance * balance
+        commitment = sum(jax.tree.leaves(nnx.state(model, CommitmentLoss)))
+        return (
+            _cross_entropy(logits, windows[:, 1:])
+            + self.load_balance * balance
+            + self.commitment * commitment
+        )
 
 
 def next_byte_loss(model: LM, windows: jax.Array) -> jax.Array:
@@ -104,6 +113,27 @@ def nats_per_byte(model: LM, text: np.ndarray, length: int) -> float:
     count = max(1, 8192 // length)
     parts = np.split(windows, range(count, len(windows), count))
     losses = [float(_loss(model, part)) * len(part) for part in parts]
+    return sum(losses) / len(windows)
+
+
+def nats_of_last_byte(
+    model: LM, text: np.ndarray, length: int, stride: int = 64
+) -> float:
+    """Measures the mean cross-entropy of the last byte of windows of `length`.
+
+    It is predicted from all the bytes before it and from none behind, which is what
+    counts where a layer's choice of what to attend to looks ahead.
+
+    Args:
+      model: what predicts.
+      text: bytes `[S]`.
+      length: of a window.
+      stride: bytes from the start of a window to that of the next.
+    """
+    windows = np.lib.stride_tricks.sliding_window_view(text, length + 1)[::stride]
+    count = max(1, 8192 // length)
+    parts = np.split(windows, range(count, len(windows), count))
+    losses = [float(_last_loss(model, part)) * len(part) for part in parts]
     return sum(losses) / len(windows)
 
 
@@ -138,4 +168,10 @@ def _cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
 
+def _last_byte_loss(model: LM, windows: jax.Array) -> jax.Array:
+    windows = jnp.asarray(windows, jnp.int32)
+    return _cross_entropy(model(windows[:, :-1])[:, -1], windows[:, -1])
+
+
 _loss = jax.jit(next_byte_loss)
+_last_loss = jax.jit(_last_byte_loss)

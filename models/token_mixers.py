@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -22,8 +23,11 @@ from attnx.nn import (
     MoHMixer,
     QueryRouter,
     Rotary,
+    RoutingMixer,
     SoftmaxMixer,
+    SplitMixer,
     SRMSNorm,
+    SuperlinearMixer,
     TaylorMixer,
     WindowMixer,
 )
@@ -85,6 +89,41 @@ def moh_query(config: LMConfig, layer: int, rngs: nnx.Rngs) -> Attention:
     return _rotary(config, MoHMixer(SoftmaxMixer(), router), rngs)
 
 
+def superlinear(config: LMConfig, layer: int, rngs: nnx.Rngs) -> Attention:
+    """Softmax attention to 15 tokens and to the spans that a router finds.
+
+    Without positions: a key is looked for by what the layers below put there.
+    """
+    router = nnx.LinearGeneral(
+        config.d_model,
+        (config.num_heads, config.d_model // config.num_heads),
+        use_bias=False,
+        dtype=jnp.dtype(config.dtype),
+        rngs=rngs,
+    )
+    return _attention(config, SuperlinearMixer(router), rngs)
+
+
+def routing(config: LMConfig, layer: int, rngs: nnx.Rngs) -> Attention:
+    """Half of the heads as `window`; the others inside `config.num_clusters` clusters.
+
+    No value comes from the future, but which tokens share a cluster depends on all of
+    them, so that it does not generate by steps.
+    """
+    local = config.num_heads // 2
+    clusters = RoutingMixer(
+        config.num_heads - local,
+        config.d_model // config.num_heads,
+        config.num_clusters,
+        decay=0.99,  # The paper's 0.999 is for a hundred times the steps.
+        rngs=rngs,
+    )
+    mixer = SplitMixer(
+        (local, WindowMixer(config.window - 1)), (config.num_heads - local, clusters)
+    )
+    return _attention(config, mixer, rngs, position=_RotaryHeads(local))
+
+
 def linear(config: LMConfig, layer: int, rngs: nnx.Rngs) -> Attention:
     """Kernel attention with elu + 1, divided by the sum of its weights."""
     mixer = LinearMixer(
@@ -129,8 +168,14 @@ def lightning_lrpe(config: LMConfig, layer: int, rngs: nnx.Rngs) -> Attention:
     return lightning(config, layer, rngs, position=lrpe)
 
 
+def retention(config: LMConfig, layer: int, rngs: nnx.Rngs) -> Attention:
+    """Gated linear attention with RetNet's decays: head h has 2 ** (5 + h) tokens."""
+    mixer = LinearMixer(decay.retnet(config.num_heads))
+    return _attention(config, mixer, rngs, norm=SRMSNorm(), gate=jax.nn.silu)
+
+
 def gated_linear(config: LMConfig, layer: int, rngs: nnx.Rngs) -> Attention:
-    """The same with a decay that each token sets, one a head."""
+    """Linear attention with a decay that each token sets, one a head."""
     log_decay = LogDecay(
         config.d_model, config.num_heads, dtype=jnp.dtype(config.dtype), rngs=rngs
     )
@@ -155,13 +200,27 @@ TOKEN_MIXERS: dict[str, TokenMixer] = {
     "moba": moba,
     "moh": moh,
     "moh_query": moh_query,
+    "superlinear": superlinear,
+    "routing": routing,
     "linear": linear,
     "taylor": taylor,
     "lightning": lightning,
     "lightning_lrpe": lightning_lrpe,
+    "retention": retention,
     "gated_linear": gated_linear,
     "convolution": convolution,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class _RotaryHeads:
+    """Rotary positions of the first heads; the others go by content alone."""
+
+    num_heads: int
+
+    def __call__(self, x: jax.Array, *positions: jax.Array) -> jax.Array:
+        turned, rest = jnp.split(x, [self.num_heads], axis=-2)
+        return jnp.concatenate([Rotary()(turned, *positions), rest], -2)
 
 
 def _attention(config: LMConfig, mixer: Mixer, rngs: nnx.Rngs, **options) -> Attention:

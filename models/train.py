@@ -100,9 +100,16 @@ class Interrupted(RunError):
 
 
 class TrainState(NamedTuple):
-    """All that changes while training; with the step, all that a checkpoint holds."""
+    """All that changes while training; with the step, all that a checkpoint holds.
+
+    Attributes:
+      params: what the optimizer changes.
+      variables: what the model changes when it is called, such as centroids.
+      optimizer: its state.
+    """
 
     params: optax.Params
+    variables: nnx.State
     optimizer: optax.OptState
 
 
@@ -125,19 +132,17 @@ def train(
         as good, and gives the same up to rounding.
 
     Returns:
-      The trained model, on one device.
+      The trained model, on one device and in evaluation mode.
 
     Raises:
       Interrupted: Ctrl-C or SIGTERM came; a checkpoint of the last step is there.
       DamagedCheckpoint: the last checkpoint cannot be read.
     """
-    graph, params, constants = _split(task, config)
-    whole = graph
-    optimizer = _optimizer(config)
-    state, start = TrainState(params, optimizer.init(params)), 0
+    graph, state, constants = _begin(task, config)
+    whole, optimizer, start = graph, _optimizer(config), 0
     stays: Any = None
     if mesh is not None:
-        model = nnx.merge(graph, params, constants)
+        model = nnx.merge(graph, state.params, state.variables, constants)
         meshes.attend_in_pieces(model, mesh)
         graph = nnx.graphdef(model)
         stays = meshes.of_state(mesh, state)
@@ -148,24 +153,27 @@ def train(
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, jax.Array]:
         def loss(params):
-            return task.loss(nnx.merge(graph, params, constants), batch)
+            # A copy: what belongs to the trace outside cannot be changed here.
+            model = nnx.merge(graph, params, state.variables, constants, copy=True)
+            value = task.loss(model, batch)
+            return value, nnx.split(model, *_KINDS)[2]
 
-        value, grads = jax.value_and_grad(loss)(state.params)
+        (value, variables), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
         changes, optimizer_state = optimizer.update(
             grads, state.optimizer, state.params
         )
         params = optax.apply_updates(state.params, changes)
-        return TrainState(params, optimizer_state), value
+        return TrainState(params, variables, optimizer_state), value
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(stays, None))
     def update(state: TrainState, batches: Any) -> tuple[TrainState, jax.Array]:
         return jax.lax.scan(step, state, batches)
 
     def trained() -> Model:
-        params = state.params
+        parts = state.params, state.variables
         if mesh is not None:
-            params = jax.device_put(params, jax.devices()[0])
-        return nnx.merge(whole, params, constants)
+            parts = jax.device_put(parts, jax.devices()[0])
+        return _trained(whole, *parts, constants)
 
     metrics = _Metrics(folder / "metrics.jsonl", start, config.steps, task.tokens)
     with _stop_requests() as stop_requested, metrics:
@@ -193,19 +201,18 @@ def train(
 
 
 def load(task: Task[Model], config: TrainConfig, folder: pathlib.Path) -> Model:
-    """Reads the model of a run from its last checkpoint.
+    """Reads the model of a run from its last checkpoint, in evaluation mode.
 
     Raises:
       RunError: the folder has no checkpoint.
       DamagedCheckpoint: its last checkpoint cannot be read.
     """
-    graph, params, constants = _split(task, config)
-    state = TrainState(params, _optimizer(config).init(params))
+    graph, state, constants = _begin(task, config)
     checkpoints = Checkpoints(folder / "checkpoints")
     if checkpoints.latest is None:
         raise RunError(f"{folder}: no checkpoint here; train first.")
     state = checkpoints.restore(state)
-    return nnx.merge(graph, state.params, constants)
+    return _trained(graph, state.params, state.variables, constants)
 
 
 def read_metrics(folder: pathlib.Path) -> list[dict[str, float]]:
@@ -214,10 +221,22 @@ def read_metrics(folder: pathlib.Path) -> list[dict[str, float]]:
         return [json.loads(line) for line in lines]
 
 
-def _split(task: Task, config: TrainConfig):
-    """Builds the model: its structure, what is trained, and what is not."""
+# The parts of a model: what is trained, what changes besides, and what stays.
+_KINDS = (nnx.Param, nnx.Variable, ...)
+
+
+def _begin(task: Task, config: TrainConfig):
+    """Builds the model: its structure, what changes in training, and what does not."""
     model = task.model(nnx.Rngs(config.seed))
-    return nnx.split(model, nnx.Param, ...)
+    graph, params, variables, constants = nnx.split(model, *_KINDS)
+    optimizer = _optimizer(config).init(params)
+    return graph, TrainState(params, variables, optimizer), constants
+
+
+def _trained(graph: nnx.GraphDef, *parts: Any) -> Any:
+    model = nnx.merge(graph, *parts)
+    model.eval()
+    return model
 
 
 def _optimizer(config: TrainConfig) -> optax.GradientTransformation:

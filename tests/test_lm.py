@@ -28,7 +28,11 @@ TINY = LMConfig(
 )
 
 
-@pytest.fixture(scope="module", params=TOKEN_MIXERS)
+# The clusters of `routing` look ahead: tests/test_trends.py has it.
+STEPPING = [name for name in TOKEN_MIXERS if name != "routing"]
+
+
+@pytest.fixture(scope="module", params=STEPPING)
 def model(request):
     config = dataclasses.replace(TINY, pattern=(request.param,))
     return shaken(LM(config, rngs=nnx.Rngs(0)))
