@@ -192,7 +192,10 @@ def linear_channel_scan(
         tuple(outputs),
         scratch=[
             *Stream.scratch(
-                {name: tiled((stages, CHUNK, x.shape[-1])) for name, x in inputs.items()}
+                {
+                    name: tiled((stages, CHUNK, x.shape[-1]))
+                    for name, x in inputs.items()
+                }
             ),
             tiled((2, CHUNK, channels)),
             tiled((2, CHUNK, CHUNK)),

@@ -106,7 +106,7 @@ def linear_channel_grad(
                 return pl.ds((wg * parts + n) * _PART, _PART)
 
             def shares():
-                """The gradients of scores, in memory symmetric; returns the diagonal."""
+                """Gradients of scores, in memory symmetric; returns the diagonal."""
                 i, j = tokens()
                 d_scores = mosaic.product(do_s, mosaic.transposed(v_s))
                 mirrored = mosaic.product(v_s, mosaic.transposed(do_s))
@@ -313,5 +313,5 @@ def linear_channel_grad(
 
 
 def again(x):
-    """A number in a new register: addresses that are made of it are not kept in some."""
+    """A number anew, so that addresses made of it are not kept in registers."""
     return lax.optimization_barrier(x)
