@@ -313,5 +313,5 @@ def linear_channel_grad(
 
 
 def again(x):
-    """A number in a new register: addresses made of it are not kept in some."""
+    """A number anew, so that addresses made of it are not kept in registers."""
     return lax.optimization_barrier(x)
