@@ -188,15 +188,13 @@ def power(batch: int, length: int, heads: int, size: int) -> Case:
     mask = masks.Power(BLOCK, window=2)
 
     def window(query, key, value):
-        with jax.ensure_compile_time_eval():
-            lists = attnx.BlockMask.from_mask(
-                mask, length, length, block_size=(BLOCK, BLOCK)
-            )
-            count = int(lists.counts.sum())
+        lists = attnx.BlockMask.from_mask(
+            mask, length, length, block_size=(BLOCK, BLOCK)
+        )
         # A window of w blocks' length visits w + 1 of them, at the start what there is.
         order = np.arange(length // BLOCK)
         visits = np.minimum.outer(order, order).sum(1) + len(order)
-        blocks = int(np.searchsorted(visits, count))
+        blocks = int(np.searchsorted(visits, lists.counts.sum()))
         return attnx.dot_product_attention(
             query,
             key,

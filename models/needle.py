@@ -10,14 +10,11 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from attnx._checks import expect
 from models.lm import LM, LMConfig
+from models.recall import NO_LABEL, answered
 from models.train import Task, TrainConfig
-
-# Where nothing is asked for.
-NO_LABEL = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,16 +81,11 @@ class NeedleExperiment:
         tokens, labels, distances = haystacks(
             key, self.batch_size, self.length, self.needles, self.values
         )
-        asked = labels != NO_LABEL
-        logits = model(tokens)
-        losses = optax.softmax_cross_entropy_with_integer_labels(
-            logits, jnp.where(asked, labels, 0)
-        )
+        asked, right, losses = answered(model, tokens, labels)
         part = distances * self.parts // self.length
         one_hot = asked[..., None] & (part[..., None] == jnp.arange(self.parts))
-        right = one_hot & (logits.argmax(-1) == labels)[..., None]
-        loss = jnp.where(asked, losses, 0).sum()
-        return one_hot.sum((0, 1)), right.sum((0, 1)), loss
+        right = one_hot & right[..., None]
+        return one_hot.sum((0, 1)), right.sum((0, 1)), losses.sum()
 
     def _keys(self) -> jax.Array:
         """Of the sequences to train on, and of those to measure on."""

@@ -154,15 +154,22 @@ def _sequence(key, *, length, pairs, vocab_size):
     return tokens, labels.at[kept(asked_at)].set(values, mode="drop")
 
 
-def _score(model, tokens, labels):
-    """Values asked for, those that the model likes best, and the sum of losses."""
+def answered(
+    model: LM, tokens: jax.Array, labels: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Where of `[B, T]` something is asked, where the answer is right; and losses."""
     asked = labels != NO_LABEL
     logits = model(tokens)
     losses = optax.softmax_cross_entropy_with_integer_labels(
         logits, jnp.where(asked, labels, 0)
     )
     right = asked & (logits.argmax(-1) == labels)
-    return asked.sum(), right.sum(), jnp.where(asked, losses, 0).sum()
+    return asked, right, jnp.where(asked, losses, 0)
+
+
+def _score(model, tokens, labels):
+    """Values asked for, those that the model likes best, and the sum of losses."""
+    return tuple(x.sum() for x in answered(model, tokens, labels))
 
 
 def _experiment(name: str, *pattern: str) -> RecallExperiment:

@@ -73,8 +73,8 @@ class Blocks:
     def sizes(self) -> jax.Array | np.ndarray:
         """Tokens in each block, int32 `[B or 1, count]`."""
         if isinstance(self.ids, np.ndarray):
-            index = np.arange(self.count)[:, None]
-            return (self.ids[:, None] == index).sum(-1, dtype=np.int32)
+            rows = [np.bincount(ids, minlength=self.count) for ids in self.ids]
+            return np.stack(rows)[:, : self.count].astype(np.int32)
         return self._per_block(jax.ops.segment_sum, jnp.ones_like(self.ids))
 
     def starts(self) -> jax.Array | np.ndarray:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from attnx._checks import expect, expect_float
+from attnx.select.ranking import best_of, reach, running_sum
 from attnx.softmax.block_mask import BlockMask
 from attnx.softmax.mask import Mask, mask_class
 
@@ -104,7 +105,7 @@ def top_k_blocks(
     ranked = jnp.where(valid, jnp.where(forced, jnp.inf, scores), -jnp.inf)
     slots = _slots(scores.shape, k, scope)
     if scope != "row":
-        return _listed(_best(_flat(ranked, scope), slots), valid, scope, slots)
+        return _listed(best_of(_flat(ranked, scope), slots), valid, scope, slots)
     _, index = jax.lax.top_k(ranked, slots)
     kept = jnp.take_along_axis(valid, index, -1)
     return choice_of(index, kept, scores.shape)
@@ -166,8 +167,8 @@ def threshold_blocks(
     mass = _flat(scores, scope)
     wanted = threshold * (mass.sum(-1) + 1e-6)
     # As many as come before the share is reached, and one that is not forced.
-    enough = jnp.maximum(_reach(ranked, mass, wanted), first.sum(-1) + 1)
-    best = _best(ranked, jnp.minimum(enough, slots))
+    enough = jnp.maximum(reach(ranked, mass, wanted), first.sum(-1) + 1)
+    best = best_of(ranked, jnp.minimum(enough, slots))
     return _listed(best, valid, scope, slots)
 
 
@@ -260,66 +261,13 @@ def choice_of(index, kept, shape):
     )
 
 
-def _best(ranked, count):
-    """The `count` best of `[..., size]`, bool; of equals those that come first."""
-    order = _ordered(ranked)
-    count = jnp.asarray(count)
-    last = _largest(order, lambda x: x.sum(-1) >= count)[..., None]
-    above, equal = order > last, order == last
-    left = count - above.sum(-1)
-    return above | equal & (_running_sum(equal) <= left[..., None])
-
-
-def _reach(ranked, mass, wanted):
-    """How many of the best are begun before their mass comes to what is wanted."""
-    order = _ordered(ranked)
-    sum_of = lambda x: jnp.where(x, mass, 0).sum(-1)
-    last = _largest(order, lambda x: sum_of(x) >= wanted)
-    above, equal = order > last[..., None], order == last[..., None]
-    each = jnp.max(jnp.where(equal, mass, 0), -1)
-    rest = wanted - sum_of(above)
-    ties = jnp.ceil(rest / jnp.where(each > 0, each, 1))
-    ties = jnp.where(each > 0, ties, jnp.where(rest > 0, jnp.inf, 0))
-    return above.sum(-1) + jnp.minimum(ties, equal.sum(-1)).astype(jnp.int32)
-
-
-def _ordered(x):
-    """Floats as unsigned integers in the same order."""
-    x = x + 0  # -0 and 0 are equal.
-    bits = jnp.finfo(x.dtype).bits
-    dtype = jnp.dtype(f"uint{bits}")
-    top = jnp.array(1 << (bits - 1), dtype)
-    x = jax.lax.bitcast_convert_type(x, dtype)
-    return jnp.where(x >= top, ~x, x | top)
-
-
-def _largest(order, holds):
-    """The largest value of which `holds(order >= value)`, or 0, two bits at a time."""
-    bits = jnp.iinfo(order.dtype).bits
-
-    def step(i, value):
-        shift = (bits - 2 - 2 * i).astype(order.dtype)
-        base = value
-        # Three questions, which the compiler asks in one pass over the numbers.
-        for digit in (1, 2, 3):
-            more = base | jnp.left_shift(jnp.array(digit, order.dtype), shift)
-            value = jnp.where(holds(order >= more[..., None]), more, value)
-        return value
-
-    start = jnp.zeros_like(order[..., 0])
-    return jax.lax.fori_loop(0, bits // 2, step, start)
-
-
 def _listed(best, valid, scope, slots):
     """The choice of what is marked in `[B, scopes, size]`, or `[B, N, T, n]` by row."""
     shape = valid.shape
-    batch, heads, rows, blocks = shape
+    batch, heads, rows, _ = shape
     best &= _flat(valid, scope)
-    if scope == "row":
-        best = best.reshape(-1, blocks)
-    else:
-        best = best.reshape(-1, best.shape[-1])
-    place = jnp.where(best, _running_sum(best) - 1, slots)
+    best = best.reshape(-1, best.shape[-1])
+    place = jnp.where(best, running_sum(best) - 1, slots)
     index = jnp.arange(best.shape[-1], dtype=jnp.int32)
 
     def compact(place):
@@ -330,15 +278,3 @@ def _listed(best, valid, scope, slots):
     lead = (batch, heads, rows) if scope == "row" else (batch, -1)
     index = index.reshape(*lead, slots)
     return choice_of(jnp.maximum(index, 0), index >= 0, shape)
-
-
-def _running_sum(x):
-    """The inclusive sums of bool `[..., size]`, in two levels."""
-    size = x.shape[-1]
-    width = 1 << (max(size - 1, 1).bit_length() // 2)
-    pad = [(0, 0)] * (x.ndim - 1) + [(0, -size % width)]
-    x = jnp.pad(x, pad).reshape(*x.shape[:-1], -1, width).astype(jnp.int32)
-    inner = jnp.cumsum(x, -1)
-    outer = jnp.cumsum(inner[..., -1], -1)
-    sums = inner + (outer - inner[..., -1])[..., None]
-    return sums.reshape(*x.shape[:-2], -1)[..., :size]

@@ -20,6 +20,7 @@ from attnx._checks import expect
 from attnx.select.blocks import Blocks, check_block_size, in_blocks
 from attnx.select.choice import Choice
 from attnx.select.chosen import Chosen
+from attnx.select.parts import gathered_rows, merged_parts, plan_tiles
 from attnx.softmax import (
     BlockMask,
     KernelConfig,
@@ -241,9 +242,9 @@ def _attend(
         mask = _Inside(jnp.asarray(sizes), steps * step)
 
     tile = min(_TILE, block_size)
-    plan = functools.partial(_plan, num_rows=length, count=count, tile=tile)
+    plan = functools.partial(plan_tiles, num_rows=length, count=count, tile=tile)
     rows, place, block, used = jax.vmap(jax.vmap(plan))(rows, chosen)
-    gather = functools.partial(_gathered, per_row, length)
+    gather = functools.partial(gathered_rows, per_row, length)
     gathered = jax.vmap(jax.vmap(gather, (1, 0, 0), 1))(query, rows, place)
     size = jnp.take_along_axis(
         jnp.broadcast_to(jnp.asarray(sizes)[:, None], (batch, 1, count)), block, 2
@@ -268,7 +269,7 @@ def _attend(
         implementation=implementation,
         return_residual=True,
     )
-    merge = functools.partial(_merged, per_row, length)
+    merge = functools.partial(merged_parts, per_row, length)
     return jax.vmap(jax.vmap(merge, (1, 1, 0, 0), 1))(out, lse, rows, place)
 
 
@@ -285,60 +286,6 @@ def _cut(x, blocks, block_size, size):
     return jnp.take_along_axis(x, index, 1, mode="clip")
 
 
-def _plan(rows, blocks, *, num_rows, count, tile):
-    """Sorts pairs by block and fills tiles with the rows of one block each.
-
-    Returns:
-      The row in each place of the tiles, `num_rows` where none; the place of each pair,
-      the number of places where none; which block each tile attends to; and whether
-      it is in use, 0 or 1.
-    """
-    pairs = rows.shape[0]
-    dtype = jnp.uint16 if count < 1 << 16 else jnp.int32
-    order = jnp.argsort(blocks.astype(dtype), stable=True).astype(jnp.int32)
-    ordered = blocks[order]
-    sizes = _run_lengths(ordered, count)
-    first = jnp.cumsum(sizes) - sizes
-    stops = jnp.cumsum(-(-sizes // tile))
-    starts = stops + -sizes // tile
-    # Each block leaves at most one tile unfilled.
-    most = max(1, (pairs + count * (tile - 1)) // tile)
-
-    index = jnp.arange(most)
-    block = jnp.minimum(_count_up_to(stops, index), count - 1)
-    used = (index < stops[-1]).astype(jnp.int32)
-    offset = (index - starts[block]) * tile
-    left = jnp.where(used > 0, sizes[block] - offset, 0)
-    pair = (first[block] + offset)[:, None] + jnp.arange(tile)
-    pair = order[jnp.clip(pair, 0, pairs - 1)]
-    is_filled = jnp.arange(tile) < left[:, None]
-    filled = jnp.where(is_filled, rows[pair], num_rows).reshape(-1)
-
-    inside = jnp.minimum(ordered, count - 1)
-    place = starts[inside] * tile + jnp.arange(pairs) - first[inside]
-    place = jnp.where(ordered < count, place, most * tile).astype(jnp.int32)
-    place = jnp.zeros(pairs, jnp.int32).at[order].set(place, unique_indices=True)
-    return filled.astype(jnp.int32), place, block.astype(jnp.int32), used
-
-
-def _run_lengths(ordered, count):
-    """How often each of 0 ... count - 1 comes in numbers that are in order."""
-    pairs = ordered.shape[0]
-    is_first = jnp.concatenate([jnp.array([True]), ordered[1:] != ordered[:-1]])
-    # A few thousand writes at most, where a sum of ones would add all pairs.
-    number = jnp.where(is_first, ordered, count + 1)
-    first = jnp.full(count + 1, pairs, jnp.int32)
-    index = jnp.arange(pairs, dtype=jnp.int32)
-    first = first.at[number].set(index, mode="drop", unique_indices=True)
-    # A number that does not come begins where the next one does.
-    return jnp.diff(jax.lax.cummin(first, reverse=True))
-
-
-def _count_up_to(stops, index):
-    """How many of the stops are at most each index: in one pass, with no loop."""
-    return jnp.searchsorted(stops, index, side="right", method="compare_all")
-
-
 @mask_class(meta=("length",))
 class _Inside(Mask):
     """The keys that a block has, of blocks cut to one length: `sizes` is `[B, n]`."""
@@ -350,84 +297,6 @@ class _Inside(Mask):
         batch = 0 if self.sizes.shape[0] == 1 else batch
         size = jnp.asarray(self.sizes)[batch, key // self.length]
         return key % self.length < size
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _gathered(per_row, num_rows, x, rows, place):
-    """The rows `[M]` of `[T, H]`: `[M, H]`."""
-    return jnp.take(x, rows, 0, mode="clip")
-
-
-def _gathered_forward(per_row, num_rows, x, rows, place):
-    return _gathered(per_row, num_rows, x, rows, place), (rows, place)
-
-
-def _gathered_backward(per_row, num_rows, residuals, grads):
-    rows, place = residuals
-    if per_row is None:
-        dtype = jnp.promote_types(grads.dtype, jnp.float32)
-        total = jax.ops.segment_sum(grads.astype(dtype), rows, num_rows)
-    else:
-        parts = _parts(grads, place, per_row)
-        total = sum(part for _, part in parts)
-    return total.astype(grads.dtype), None, None
-
-
-_gathered.defvjp(_gathered_forward, _gathered_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _merged(per_row, num_rows, out, lse, rows, place):
-    """Merges the parts `[M, V]`, `[M]` of each row, as `merge_attention` would."""
-    if per_row is None:
-        total_of = functools.partial(jax.ops.segment_sum, num_segments=num_rows)
-        peak = jax.ops.segment_max(lse, rows, num_rows)
-        peak = jnp.where(jnp.isfinite(peak), peak, 0)
-        weights = jnp.exp(lse - jnp.take(peak, rows, mode="clip"))
-        total = total_of(weights, rows)
-        merged = total_of(weights[:, None] * out.astype(lse.dtype), rows)
-    else:
-        each = jnp.take(lse, place, mode="fill", fill_value=-jnp.inf)
-        each = each.reshape(num_rows, per_row)
-        peak = each.max(1)
-        peak = jnp.where(jnp.isfinite(peak), peak, 0)
-        weights = jnp.exp(each - peak[:, None])
-        total = weights.sum(1)
-        parts = _parts(out, place, per_row)
-        merged = sum(weights[:, j, None] * part for j, part in parts)
-    empty = total == 0
-    total = jnp.where(empty, 1, total)
-    merged = (merged / total[:, None]).astype(out.dtype)
-    return merged, jnp.where(empty, -jnp.inf, peak + jnp.log(total))
-
-
-def _merged_forward(per_row, num_rows, out, lse, rows, place):
-    merged, total = _merged(per_row, num_rows, out, lse, rows, place)
-    return (merged, total), (out, lse, rows, merged, total)
-
-
-def _merged_backward(per_row, num_rows, residuals, grads):
-    out, lse, rows, merged, total = residuals
-    d_merged, d_total = grads
-    take = functools.partial(jnp.take, indices=rows, axis=0, mode="clip")
-    is_part = (rows < num_rows) & (lse > -jnp.inf)
-    weights = jnp.where(is_part, jnp.exp(lse - take(total)), 0)
-    change = d_total - jnp.sum(d_merged.astype(lse.dtype) * merged, -1)
-    grad = take(d_merged).astype(lse.dtype)
-    d_lse = weights * (jnp.sum(grad * out, -1) + take(change))
-    return (weights[:, None] * grad).astype(out.dtype), d_lse, None, None
-
-
-_merged.defvjp(_merged_forward, _merged_backward)
-
-
-def _parts(x, place, per_row):
-    """Each row's parts in turn, 0 where it has fewer: (j, float32 `[T, V]`)."""
-    place = place.reshape(-1, per_row)
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
-    for j in range(per_row):
-        part = jnp.take(x, place[:, j], 0, mode="fill", fill_value=0)
-        yield j, part.astype(dtype)
 
 
 def _fold(x):
