@@ -30,15 +30,22 @@ class RecallExperiment:
       batch_size: sequences a step.
       length: T, tokens in each.
       pairs: how many pairs of key and value a sequence may hold.
-      test_size: sequences for each of `pairs` to measure on.
+      tests: tokens and pairs of the sequences to measure on.
+      test_size: of them, for each of `tests`.
     """
 
     folder: pathlib.Path
     model: LMConfig
     training: TrainConfig
     batch_size: int = 128
-    length: int = 256
+    length: int = 512
     pairs: tuple[int, ...] = (4, 8, 16, 32, 64)
+    tests: tuple[tuple[int, int], ...] = (
+        *((64, 4), (64, 8), (64, 16)),
+        *((128, 8), (128, 32)),
+        *((256, 16), (256, 64)),
+        *((512, 4), (512, 16), (512, 64)),
+    )
     test_size: int = 1024
 
     def task(self) -> Task[LM]:
@@ -47,17 +54,23 @@ class RecallExperiment:
             batch=np.uint32,
             loss=self._loss,
             validate=lambda model: float(
-                np.mean([self._measure(model, n, 64)[1] for n in self.pairs])
+                np.mean(
+                    [self._measure(model, self.length, n, 64)[1] for n in self.pairs]
+                )
             ),
             tokens=self.batch_size * self.length,
             unit="nats per value",
         )
 
     def evaluate(self, model: LM) -> dict[str, float]:
-        """Measures accuracy for each number of pairs, and the mean of these."""
-        accuracies = {n: self._measure(model, n, self.test_size)[0] for n in self.pairs}
-        each = {f"accuracy, {n} pairs": value for n, value in accuracies.items()}
-        return {"accuracy": float(np.mean(list(accuracies.values()))), **each}
+        """Measures accuracy for each of `tests`, and the mean of these."""
+        each = {
+            f"accuracy, {n} pairs in {length}": self._measure(
+                model, length, n, self.test_size
+            )[0]
+            for length, n in self.tests
+        }
+        return {"accuracy": float(np.mean(list(each.values()))), **each}
 
     def _loss(self, model: LM, step: jax.Array) -> jax.Array:
         key = jax.random.fold_in(self._keys()[0], step)
@@ -67,7 +80,9 @@ class RecallExperiment:
         asked, _, loss = _score(model, *batch)
         return loss / asked
 
-    def _measure(self, model: LM, pairs: int, count: int) -> tuple[float, float]:
+    def _measure(
+        self, model: LM, length: int, pairs: int, count: int
+    ) -> tuple[float, float]:
         """Accuracy and loss of `count` sequences, of which training sees none."""
         key = jax.random.fold_in(self._keys()[1], pairs)
         size = min(count, self.batch_size)
@@ -76,7 +91,7 @@ class RecallExperiment:
             batch = sequences(
                 jax.random.fold_in(key, part),
                 size,
-                self.length,
+                length,
                 (pairs,),
                 self.model.vocab_size,
             )

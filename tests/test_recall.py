@@ -28,6 +28,7 @@ TINY = RecallExperiment(
     batch_size=8,
     length=16,
     pairs=(2, 4),
+    tests=((8, 2), (16, 2), (16, 4)),
     test_size=16,
 )
 
@@ -87,8 +88,9 @@ def test_only_answers_count():
     measures = TINY.evaluate(Copier())
     assert measures == {
         "accuracy": 1.0,
-        "accuracy, 2 pairs": 1.0,
-        "accuracy, 4 pairs": 1.0,
+        "accuracy, 2 pairs in 8": 1.0,
+        "accuracy, 2 pairs in 16": 1.0,
+        "accuracy, 4 pairs in 16": 1.0,
     }
     task = TINY.task()
     assert float(task.loss(Copier(), task.batch(0))) == pytest.approx(0, abs=1e-6)
