@@ -21,7 +21,7 @@ HEAD = """# Results of the models
 What each experiment should reach and what it did. `python -m models train NAME` trains,
 `python -m models eval NAME --record` measures on the data held out and keeps the result
 in `models/results`, and `python -m models results` writes this page from there.
-Minutes are those of training, compilation included.
+Minutes are those of training, compilation included; on GPUs several runs shared one.
 """
 COLUMNS = (
     "experiment",
@@ -101,7 +101,7 @@ def page() -> str:
         for name, target in section.targets.items():
             results = [each for each in found if each["experiment"] == name]
             if results:
-                lines += [_reached(target, result) for result in results]
+                lines += [_reached(target, result, found) for result in results]
             else:
                 command = f"`python -m models train {name}`"
                 lines.append(_row(name, target, "not run yet", "", "", "", "", command))
@@ -110,10 +110,17 @@ def page() -> str:
     return "\n".join([*lines, *_speed(read("speed-*.json"))]) + "\n"
 
 
-def _reached(target: Target, result: dict[str, Any]) -> str:
-    value = result["measures"][target.measure]
-    missed = "" if target.reached(value) else ", missed"
-    others = [
+def _reached(
+    target: Target, result: dict[str, Any], every: list[dict[str, Any]]
+) -> str:
+    value, unit = result["measures"][target.measure], 1.0
+    if target.of:
+        others = [each for each in every if each["experiment"] == target.of]
+        # A bound that nothing has set yet is reached by nothing.
+        units = [each["measures"][target.measure] for each in others]
+        unit = np.mean(units) if units else np.nan
+    missed = "" if target.reached(value, unit) else ", missed"
+    more = [
         f"{name} {other:.3f}"
         for name, other in result["measures"].items()
         if name != target.measure
@@ -122,7 +129,7 @@ def _reached(target: Target, result: dict[str, Any]) -> str:
         f"[{result['experiment']}](../models/results/{result['path'].name})",
         target,
         f"{value:.3f}{missed}",
-        "; ".join(others),
+        "; ".join(more),
         result["seed"],
         f"{result['minutes']:.1f}",
         _where(result),

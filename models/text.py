@@ -19,6 +19,8 @@ from models.lm import LM, LMConfig
 from models.sampling import generate
 from models.train import Task, TrainConfig, load
 
+_BYTES = 1 << 15  # measured at once, in windows
+
 
 @dataclasses.dataclass(frozen=True)
 class TextExperiment:
@@ -110,7 +112,7 @@ def nats_per_byte(model: LM, text: np.ndarray, length: int) -> float:
     (at the end, fewer bytes than a window are left out).
     """
     windows = data.windows(text, length)
-    count = max(1, 8192 // length)
+    count = max(1, _BYTES // length)
     parts = np.split(windows, range(count, len(windows), count))
     losses = [float(_loss(model, part)) * len(part) for part in parts]
     return sum(losses) / len(windows)
@@ -131,7 +133,7 @@ def nats_of_last_byte(
       stride: bytes from the start of a window to that of the next.
     """
     windows = np.lib.stride_tricks.sliding_window_view(text, length + 1)[::stride]
-    count = max(1, 8192 // length)
+    count = max(1, _BYTES // length)
     parts = np.split(windows, range(count, len(windows), count))
     losses = [float(_last_loss(model, part)) * len(part) for part in parts]
     return sum(losses) / len(windows)

@@ -106,6 +106,23 @@ def test_page_shows_what_was_reached_and_what_was_missed(elsewhere):
     assert "Not run yet: `python -m models speed" in page
 
 
+def test_some_bounds_are_what_another_reached(elsewhere):
+    common = {**WHERE, "seed": 0, "minutes": 1, "commit": "abc", "config": {}}
+
+    def keep(name, value):
+        result = {"experiment": name, "measures": {"nats per byte": value}, **common}
+        results.keep(f"{name}-seed0", result)
+
+    keep("tnl", 1.02)
+    row = "nats per byte at most 1.03 of transformer's | {} |"
+    assert row.format("1.020, missed") in results.page()
+    keep("transformer", 1.0)
+    keep("based", 1.04)
+    page = results.page()
+    assert row.format("1.020") in page
+    assert row.format("1.040, missed") in page
+
+
 def test_speed_is_measured_and_shown(elsewhere):
     config = LMConfig(("softmax", "window"), num_layers=2, d_model=16, num_heads=2)
     config = dataclasses.replace(config, mlp_dim=0, window=4)
