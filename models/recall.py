@@ -28,8 +28,10 @@ class RecallExperiment:
       model: the decoder.
       training: how it is trained.
       batch_size: sequences a step.
-      length: T, tokens in each.
-      pairs: how many pairs of key and value a sequence may hold.
+      lengths: tokens in which a sequence has all its pairs and questions; all are
+        filled up to the longest, T. In long ones alone, where most tokens say nothing,
+        linear attention does not begin to learn.
+      pairs: how many pairs of key and value a sequence may hold, where they have room.
       tests: tokens and pairs of the sequences to measure on.
       test_size: of them, for each of `tests`.
     """
@@ -38,7 +40,7 @@ class RecallExperiment:
     model: LMConfig
     training: TrainConfig
     batch_size: int = 128
-    length: int = 512
+    lengths: tuple[int, ...] = (64, 128, 256, 512)
     pairs: tuple[int, ...] = (4, 8, 16, 32, 64)
     tests: tuple[tuple[int, int], ...] = (
         *((64, 4), (64, 8), (64, 16)),
@@ -55,10 +57,13 @@ class RecallExperiment:
             loss=self._loss,
             validate=lambda model: float(
                 np.mean(
-                    [self._measure(model, self.length, n, 64)[1] for n in self.pairs]
+                    [
+                        self._measure(model, max(self.lengths), n, 64)[1]
+                        for n in self.pairs
+                    ]
                 )
             ),
-            tokens=self.batch_size * self.length,
+            tokens=self.batch_size * max(self.lengths),
             unit="nats per value",
         )
 
@@ -75,7 +80,7 @@ class RecallExperiment:
     def _loss(self, model: LM, step: jax.Array) -> jax.Array:
         key = jax.random.fold_in(self._keys()[0], step)
         batch = sequences(
-            key, self.batch_size, self.length, self.pairs, self.model.vocab_size
+            key, self.batch_size, self.lengths, self.pairs, self.model.vocab_size
         )
         asked, _, loss = _score(model, *batch)
         return loss / asked
@@ -91,7 +96,7 @@ class RecallExperiment:
             batch = sequences(
                 jax.random.fold_in(key, part),
                 size,
-                length,
+                (length,),
                 (pairs,),
                 self.model.vocab_size,
             )
@@ -106,7 +111,11 @@ class RecallExperiment:
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def sequences(
-    key: jax.Array, count: int, length: int, pairs: tuple[int, ...], vocab_size: int
+    key: jax.Array,
+    count: int,
+    lengths: tuple[int, ...],
+    pairs: tuple[int, ...],
+    vocab_size: int,
 ) -> tuple[jax.Array, jax.Array]:
     """Draws sequences that name values by keys, and then ask for them.
 
@@ -117,8 +126,10 @@ def sequences(
     Args:
       key: of the random numbers.
       count: B.
-      length: T.
-      pairs: how many of them: for each sequence one of these numbers.
+      lengths: tokens of a sequence, for each one of these numbers; T is the largest, up
+        to which zeros follow.
+      pairs: how many of them: for each sequence one of these numbers, of those that its
+        length, four tokens a pair, has room for.
       vocab_size: V; keys are the tokens from 1 to V / 2 - 1, and values the others.
 
     Returns:
@@ -129,23 +140,26 @@ def sequences(
       ValueError: pairs for which there is no room, or no vocabulary.
 
     Example:
-      >>> tokens, labels = sequences(jax.random.key(0), 3, 16, (4,), 20)
+      >>> tokens, labels = sequences(jax.random.key(0), 3, (16,), (4,), 20)
       >>> tokens.shape, (labels >= 10).sum(1).tolist()
       ((3, 16), [4, 4, 4])
     """
-    fit = max(pairs) <= min(length // 4, vocab_size // 2 - 1)
-    wanted = f"at most {length // 4} and {vocab_size // 2 - 1}"
+    wanted = f"room for pairs {pairs} in tokens {lengths} of {vocab_size} kinds"
+    expect(4 * min(pairs) <= min(lengths), "lengths", wanted, lengths)
+    fit = max(pairs) <= min(max(lengths) // 4, vocab_size // 2 - 1)
     expect(fit, "pairs", wanted, pairs)
     draw = functools.partial(
-        _sequence, length=length, pairs=pairs, vocab_size=vocab_size
+        _sequence, lengths=lengths, pairs=pairs, vocab_size=vocab_size
     )
     return jax.vmap(draw)(jax.random.split(key, count))
 
 
-def _sequence(key, *, length, pairs, vocab_size):
-    count_key, pair_key, gap_key = jax.random.split(key, 3)
-    most, half = max(pairs), vocab_size // 2
-    count = jax.random.choice(count_key, jnp.array(pairs))
+def _sequence(key, *, lengths, pairs, vocab_size):
+    length_key, count_key, pair_key, gap_key = jax.random.split(key, 4)
+    length, most, half = max(lengths), max(pairs), vocab_size // 2
+    own = jax.random.choice(length_key, jnp.array(lengths))
+    has_room = jnp.array(pairs) <= own // 4
+    count = jax.random.choice(count_key, jnp.array(pairs), p=has_room / has_room.sum())
     index = jnp.arange(most)
 
     # The largest of random numbers are a draw without replacement.
@@ -157,7 +171,7 @@ def _sequence(key, *, length, pairs, vocab_size):
     # power law, a x ** (a - 1) for a = 0.01, at x = 1, 2, ...
     slots = jnp.arange(length // 2)
     scores = -0.99 * jnp.log1p(slots) + jax.random.gumbel(gap_key, slots.shape)
-    scores = jnp.where(slots < length // 2 - count, scores, -jnp.inf)
+    scores = jnp.where(slots < own // 2 - count, scores, -jnp.inf)
     asked_at = 2 * (count + jax.lax.top_k(scores, most)[1])
 
     # Those beyond the count are put beyond the end, where they are dropped.

@@ -26,7 +26,7 @@ TINY = RecallExperiment(
     ),
     training=TrainConfig(steps=2),
     batch_size=8,
-    length=16,
+    lengths=(8, 16),
     pairs=(2, 4),
     tests=((8, 2), (16, 2), (16, 4)),
     test_size=16,
@@ -35,7 +35,7 @@ TINY = RecallExperiment(
 
 def test_sequences_ask_for_what_they_named():
     tokens, labels = (
-        np.array(x) for x in sequences(jax.random.key(0), 50, 32, (2, 4, 8), 40)
+        np.array(x) for x in sequences(jax.random.key(0), 50, (16, 32), (2, 4, 8), 40)
     )
     counts = []
     for row, asked in zip(tokens, labels, strict=True):
@@ -55,23 +55,32 @@ def test_sequences_ask_for_what_they_named():
     assert set(counts) == {2, 4, 8}
 
 
+def test_lengths_are_drawn_alike():
+    _, labels = sequences(jax.random.key(0), 300, (16, 128), (4,), 64)
+    is_short = (np.array(labels)[:, 16:] == NO_LABEL).all(1)
+    assert 0.45 < is_short.mean() < 0.7  # Few of the long ones end as early.
+
+
 def test_most_distances_are_short():
-    _, labels = sequences(jax.random.key(0), 200, 256, (4,), 64)
+    _, labels = sequences(jax.random.key(0), 200, (256,), (4,), 64)
     where = np.array(labels != NO_LABEL)
     near = where[:, :64].sum() / where.sum()
     assert 0.55 < near < 0.95  # A uniform draw would put 0.23 there.
 
 
 def test_sequences_follow_their_key():
-    draw = lambda seed: sequences(jax.random.key(seed), 50, 32, (2, 4, 8), 40)
+    draw = lambda seed: sequences(jax.random.key(seed), 50, (32,), (2, 4, 8), 40)
     chex.assert_trees_all_equal(draw(1), draw(1))
     assert (draw(1)[0] != draw(2)[0]).any()
 
 
-@pytest.mark.parametrize(("length", "vocab_size"), [(15, 40), (32, 6)])
-def test_there_must_be_room(length, vocab_size):
-    with pytest.raises(ValueError, match=r"pairs: expected at most"):
-        sequences(jax.random.key(0), 2, length, (2, 4), vocab_size)
+@pytest.mark.parametrize(
+    ("name", "lengths", "vocab_size"),
+    [("pairs", (15,), 40), ("pairs", (32,), 6), ("lengths", (7, 32), 40)],
+)
+def test_there_must_be_room(name, lengths, vocab_size):
+    with pytest.raises(ValueError, match=f"{name}: expected room for pairs"):
+        sequences(jax.random.key(0), 2, lengths, (2, 4), vocab_size)
 
 
 class Copier(nnx.Module):
