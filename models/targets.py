@@ -88,9 +88,9 @@ SECTIONS = (
         "Associative recall",
         "Accuracy of the values named by queries in 10240 sequences that hold 4 to 64 "
         "pairs of key and value in 64 to 512 tokens, out of a vocabulary of 8192: the "
-        "task of Zoology (arXiv:2312.04927) and Based. Training draws the same lengths. "
-        "All have two layers of a short convolution and the mixer, D = 64. Plain linear "
-        "attention should fall short where pairs are many.",
+        "task of Zoology (arXiv:2312.04927) and Based. Training draws the same "
+        "lengths. All have two layers of a short convolution and the mixer, D = 64. "
+        "Plain linear attention should fall short where pairs are many.",
         {
             "recall-softmax": Target("accuracy", at_least=0.99),
             "recall-based": Target("accuracy", at_least=0.95),
