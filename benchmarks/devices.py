@@ -66,13 +66,18 @@ def cases(length: int, heads: int, size: int) -> Iterator[Cut]:
     window = (functools.partial(fn, kernel_size=1025) for fn in near)
     yield Cut("halo", tokens, *window)
     caches = ((8, length, heads // 4, size),) * 2
-    full = jnp.full(8, length, jnp.int32)
-    decode = lambda fn: lambda *arrays, **options: fn(*arrays, full, **options)
+    full = lambda capacity: jnp.full(8, capacity, jnp.int32)
+    one = lambda query, key, value: attnx.decode_attention(
+        query, key, value, full(key.shape[1])
+    )
+    cut = lambda *arrays, axis_name: parallel.decode_attention(
+        *arrays, full(length), axis_name
+    )
     yield Cut(
         "decoding",
         ((8, 1, heads, size), *caches),
-        decode(parallel.decode_attention),
-        decode(attnx.decode_attention),
+        cut,
+        one,
         modes=("forward",),
         whole_arrays=1,
     )
