@@ -114,7 +114,7 @@ def dispatch(
         f"None or one of {', '.join(map(repr, IMPLEMENTATIONS))}",
         repr(implementation),
     )
-    operands = _varying_alike(operands)
+    operands = varying_alike(operands)
     reasons = {
         name: unsupported(name, *operands)
         if name in candidates
@@ -153,7 +153,7 @@ def _recording() -> Generator[list[Decision]]:
         _record.reset(token)
 
 
-def _varying_alike(operands):
+def varying_alike(operands):
     """Operands that vary over the same axes of a `jax.shard_map`, as loops want."""
     leaves, treedef = jax.tree.flatten(operands)
     varying = [jax.typeof(x).manual_axis_type.varying for x in leaves]

@@ -39,7 +39,8 @@ def results():
         linear = parallel.sharded(parallel.linear_attention, sharding=tokens)
         out = ring(query, key, value, mask=mask)
         out += linear(query, key, value, segment_ids=ids)
-        return jnp.sin(out).sum()
+        # Of one sign, so that the order in which devices are summed is rounding alone.
+        return jnp.square(out).sum()
 
     value, grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(*arrays, ids)
     return [np.asarray(process_allgather(x, tiled=True)) for x in (value, *grads)]

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attnx._checks import expect, expect_float, expect_shape
+from attnx._checks import expect, expect_shape
 from attnx._dispatch import dispatch
 from attnx.linear import pallas, reference, xla
-from attnx.linear.operands import check_tokens
+from attnx.linear.operands import check_decay, check_tokens
 
 
 def linear_attention(
@@ -100,10 +100,7 @@ def linear_attention(
     state_size = query.shape[-1], value.shape[-1] + normalize
     check_tokens(query, key, value, initial_state, segment_ids, state_size)
     if log_decay is not None:
-        *tokens, head_size = query.shape
-        shapes = (tokens[2],), (*tokens,), (*tokens, head_size)
-        expect_shape("log_decay", log_decay, *shapes)
-        expect_float("log_decay", log_decay)
+        check_decay(log_decay, query)
 
     if scale is None:
         scale = query.shape[-1] ** -0.5

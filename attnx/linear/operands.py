@@ -38,6 +38,33 @@ def empty_state(query: jax.Array, columns: int, dtype) -> jax.Array:
     return jnp.broadcast_to(empty, (*empty.shape[:3], columns))
 
 
+def to_state(log_decay, scale, length, transposed) -> jax.Array:
+    """What tokens weigh in the state that leaves them, `[B or 1, T, N, H or 1]`.
+
+    `transposed`, what they weigh the state by that enters.
+    """
+    if log_decay.ndim == 1:
+        log_decay = jnp.broadcast_to(log_decay, (1, length, *log_decay.shape))
+    log_decay = log_decay if log_decay.ndim == 4 else log_decay[..., None]
+    if transposed:
+        return scale * jnp.exp(jax.lax.cumsum(log_decay, axis=1))
+    # Summed from behind: a difference of long sums would lose the small ones.
+    later = jnp.pad(log_decay[:, 1:], ((0, 0), (0, 1), (0, 0), (0, 0)))
+    return jnp.exp(jax.lax.cumsum(later, axis=1, reverse=True))
+
+
+def repeated(x, num_heads: int) -> jax.Array:
+    """Keys or values with a head for each of the queries'."""
+    return jnp.repeat(x, num_heads // x.shape[2], axis=2)
+
+
+def check_decay(log_decay, query) -> None:
+    """Raises `ValueError` unless it is one a head, a token and head, or a channel."""
+    shape = query.shape
+    expect_shape("log_decay", log_decay, shape[2:3], shape[:3], shape)
+    expect_float("log_decay", log_decay)
+
+
 def check_tokens(
     query, key, value, initial_state, segment_ids, state_size: tuple[int, int]
 ) -> None:

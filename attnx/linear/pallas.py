@@ -17,7 +17,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from attnx._groups import sum_of_groups
 from attnx.linear import pallas_channel, xla
-from attnx.linear.operands import by_token, empty_state
+from attnx.linear.operands import by_token, empty_state, repeated, to_state
 from pallas_kernels.batching import mappable
 from pallas_kernels.linear_attention import (
     CHUNK,
@@ -344,3 +344,41 @@ def number_of_pieces(query: jax.Array) -> int:
     most = max(1, min(_BLOCKS // (batch * heads), chunks // _MIN_CHUNKS))
     even = max(n for n in range(1, most + 1) if chunks % n == 0)
     return even if 2 * even > most else most
+
+
+def added(
+    key: jax.Array,
+    value: jax.Array,
+    scale: jax.Array,
+    log_decay: jax.Array,
+    *,
+    transposed: bool,
+) -> jax.Array:
+    """See `attnx.linear.pieces.added`; of whole chunks."""
+    heads = log_decay.shape[min(2, log_decay.ndim - 1)]
+    if log_decay.ndim == 4:  # Weighed beforehand, for the scan has a decay a head.
+        weights = to_state(log_decay, scale, key.shape[1], transposed)
+        key = (weights * repeated(key, heads)).astype(key.dtype)
+        scale, log_decay = jnp.ones_like(scale), jnp.zeros_like(scale, shape=heads)
+    decay = _decay(jnp.maximum(log_decay, _LEAST), scale)
+    shape = key.shape[0], heads, 1, key.shape[-1], value.shape[-1]
+    empty = jnp.zeros_like(key, jnp.float32, shape=shape)
+    tokens = None, key, value, empty
+    _, leaving = _scan(tokens, decay, pieces=1, transposed=transposed)
+    return leaving[:, :, 0]
+
+
+def piece(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    scale: jax.Array,
+    log_decay: jax.Array,
+    state: jax.Array,
+    segment_ids: None,
+) -> tuple[jax.Array, jax.Array]:
+    """`linear_attention` of whole chunks that are a piece already."""
+    operands = query, key, value, scale, jnp.maximum(log_decay, _LEAST), state
+    if log_decay.ndim == 4:
+        return pallas_channel.attention(*operands)
+    return _attention((1, log_decay.ndim == 1), *operands)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -23,6 +25,13 @@ def axis_size(axis_name: AxisName) -> int:
             f"axis_name: expected one of the axes {names} of a jax.shard_map around "
             f"the call, got {axis_name!r}"
         ) from None
+
+
+def side_by_side(axis_name: AxisName) -> int:
+    """Pieces that one device has at once: all those of an axis of `jax.vmap`."""
+    names = (axis_name,) if isinstance(axis_name, str) else axis_name
+    of_mesh = jax.sharding.get_abstract_mesh().manual_axes
+    return math.prod(axis_size(name) for name in names if name not in of_mesh)
 
 
 def from_next(axis_name: AxisName, tree, steps: int = 1):

@@ -55,7 +55,10 @@ def merge_attention(
     total = weights.sum(0)
     empty = total == 0
     total = jnp.where(empty, 1, total)
-    parts = jnp.stack(outputs).astype(dtype)
-    out = (weights[..., None] * parts).sum(0) / total[..., None]
+    # Part by part, so that XLA can make one loop of several merges.
+    parts = zip(weights / total, outputs, strict=True)
+    out: jax.Array = sum(
+        weight[..., None] * part.astype(dtype) for weight, part in parts
+    )
     merged = jnp.where(empty, -jnp.inf, peak + jnp.log(total))
     return out.astype(outputs[0].dtype), merged
