@@ -77,8 +77,8 @@ def attention(
       key_tile: keys of one step, a divisor of `masking.key_block`.
       stages: key and value tiles in flight.
       warpgroups: 1 to 3, of 64 queries each, that share the keys.
-      tiles: neighbouring tiles of queries that a block of threads serves in turn. More
-        than one hides, where lists are short, how a tile begins and ends.
+      tiles: tiles of queries that a block of threads serves in turn. More than one
+        hides, where lists are short, how a tile begins and ends.
 
     Returns:
       The output `[B, T, N, V]` and the log-sum-exp in base 2, float32 `[B, N, T]`.
@@ -93,6 +93,8 @@ def attention(
     split = masking.key_block // key_tile
     log2_scale = scale * LOG2E
     num_tiles = pl.cdiv(query_len, tile)
+    total = num_tiles * heads * batch
+    blocks = pl.cdiv(total, tiles)
     buffers = min(tiles, 2)
 
     def body(*refs):
@@ -102,24 +104,31 @@ def attention(
             6 + len(looked_up) :
         ]
         q_full, q_free, k_full, v_full, k_free, v_free = barriers
-        h, i, b = (lax.axis_index(axis) for axis in ("h", "q", "b"))
-        wg = lax.axis_index("wg")
-        # Later tiles of a causal mask visit more: the longest start first.
-        i = lax.axis_size("q") - 1 - i
+        me, wg = lax.axis_index("block"), lax.axis_index("wg")
 
-        def start_of(t):
-            number = i * tiles + t
-            if tiles > 1:  # The last block of threads may have fewer.
-                number = jnp.minimum(number, num_tiles - 1)
-            return number * tile
+        def exists(t):
+            """Whether there is a tile for turn t; the last turn may have fewer."""
+            return me + t * blocks < total
+
+        def place_of(t):
+            """The batch, head and first query of the tile of turn t."""
+            # At any time blocks of threads serve neighbouring tiles, whose keys meet in
+            # the cache: those that follow each other in turn are far apart.
+            number = me + t * blocks
+            number = jnp.minimum(number, total - 1) if tiles > 1 else number
+            number, b = _divided(number, batch)
+            h, i = _divided(number, num_tiles)
+            # Later tiles of a causal mask visit more: the longest start first.
+            return b, h, (num_tiles - 1 - i) * tile
 
         def visits_of(t):
             """The key blocks of a tile, and the steps that they take."""
-            block = lax.div(start_of(t), jnp.int32(masking.query_block))
+            b, h, start = place_of(t)
+            block = lax.div(start, jnp.int32(masking.query_block))
             visits = Visits(lists_g, b, h, heads, block)
             steps = visits.count * split
             if tiles > 1:
-                steps = jnp.where(i * tiles + t < num_tiles, steps, 0)
+                steps = jnp.where(exists(t), steps, 0)
             return visits, steps
 
         def each_tile(body):
@@ -150,7 +159,7 @@ def attention(
                 mosaic.named_barrier("arrive", TURN + to, 256)
 
         def consume_tile(t, before):
-            start = start_of(t)
+            b, h, start = place_of(t)
             visits, steps = visits_of(t)
             slot_of = lambda j: lax.rem(jnp.int32(before + j), jnp.int32(stages))
             buffer = lax.rem(jnp.int32(t), jnp.int32(buffers)) if tiles > 1 else 0
@@ -259,7 +268,7 @@ def attention(
 
             is_mine = start + first_row < query_len
             if tiles > 1:
-                is_mine &= i * tiles + t < num_tiles
+                is_mine &= exists(t)
 
             @pl.when(is_mine)
             def _():
@@ -272,10 +281,9 @@ def attention(
         def produce():
             if taking_turns:
                 plgpu.set_max_registers(24, action="decrease")
-            kv_head = lax.div(h, jnp.int32(group))
 
             def fetch(t):
-                start = start_of(t)
+                b, h, start = place_of(t)
                 buffer = lax.rem(jnp.int32(t), jnp.int32(buffers)) if tiles > 1 else 0
                 for i in range(warpgroups):
                     # Of the last tile some may lie past the end: they get queries
@@ -287,6 +295,8 @@ def attention(
                     )
 
             def produce_tile(t, before):
+                b, h, _ = place_of(t)
+                kv_head = lax.div(h, jnp.int32(group))
                 visits, steps = visits_of(t)
 
                 def copy(j, gmem, smem, full, free):
@@ -358,12 +368,20 @@ def attention(
             slots(num_arrivals=warpgroups),
             slots(num_arrivals=warpgroups),
         ],
-        grid=(heads, pl.cdiv(num_tiles, tiles), batch),
-        grid_names=("h", "q", "b"),
+        grid=(blocks,),
+        grid_names=("block",),
         num_threads=warpgroups + 1,
         thread_name="wg",
         kernel_name="attention",
     )
+
+
+def _divided(number, by: int):
+    """The quotient and what remains."""
+    if by == 1:
+        return number, jnp.int32(0)
+    quotient = lax.div(number, jnp.int32(by))
+    return quotient, number - quotient * by
 
 
 class Visits:

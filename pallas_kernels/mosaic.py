@@ -18,7 +18,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import llvm
+from jax._src.lib.mlir.dialects import llvm, nvvm
 from jax._src.pallas.mosaic_gpu.interpret.params import (  # Public since 0.11.
     InterpretGPUParams,
     force_gpu_interpret_mode,
@@ -275,18 +275,33 @@ def overlapped(first, second, *, issued, meanwhile):
     return lax.optimization_barrier((acc, done))
 
 
+def again(x):
+    """A number anew, so that addresses made of it are not kept in registers."""
+    return lax.optimization_barrier(x)
+
+
 def emulated(scratch):
     """Scratch for the interpreter alone, in place of what only the hardware has."""
     return scratch if interpreted() else None
 
 
 def meet(number: int, barrier):
-    """Waits for the other warpgroup; `barrier` is `emulated`."""
+    """Waits for the other warpgroup, which then sees what this one stored.
+
+    In shared memory, its products included; `barrier` is `emulated`.
+    """
     if interpreted():
+        plgpu.commit_smem()
         plgpu.barrier_arrive(barrier)
         plgpu.barrier_wait(barrier)
-    else:
-        named_barrier("sync", number, 256)
+        return
+
+    @plgpu.inline_mgpu()
+    def fence(_):
+        nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
+
+    fence()
+    named_barrier("sync", number, 256)
 
 
 def accumulators(body, refs, shapes):

@@ -233,7 +233,6 @@ def _backward(call, residuals, cotangents):
         stages=2,
     )
     d_query, d_key, d_value = kernel(arrays, (by_key, looked_up))
-    d_query = (d_query * call.scale).astype(query.dtype)
     d_key, d_value = sum_of_groups(d_key, key), sum_of_groups(d_value, value)
     return d_query[:, :query_len], d_key, d_value, None, None, None
 
