@@ -9,9 +9,7 @@ the last probabilities with their values overlaps the softmax of the next scores
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -20,33 +18,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import mosaic
-from pallas_kernels.mosaic import COL, LOG2E, ROW, TILE
-from pallas_kernels.predicate import KEY, QUERY, Predicate
+from pallas_kernels.masking import ROWS, Lists, Masking, Sees, Visits
+from pallas_kernels.mosaic import LOG2E, ROW, TILE
 
-# Rows of one warpgroup's share of a tile: the least that wgmma takes.
-ROWS = 64
 TURN = 4  # The first of the named barriers for turns; Mosaic uses those below.
-
-
-class Lists(NamedTuple):
-    """Blocks visited by each block of the other side, partial ones first.
-
-    `indices` is int32 `[B or 1, N or K or 1, blocks, slots]`; `counts` and
-    `partial_counts` lack the last axis.
-    """
-
-    indices: jax.Array
-    counts: jax.Array
-    partial_counts: jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class Masking:
-    """Who sees whom: block sizes of the lists, and the predicate of partial blocks."""
-
-    query_block: int
-    key_block: int
-    predicate: Predicate | None
 
 
 def attention(
@@ -382,74 +357,3 @@ def _divided(number, by: int):
         return number, jnp.int32(0)
     quotient = lax.div(number, jnp.int32(by))
     return quotient, number - quotient * by
-
-
-class Visits:
-    """One block's row of the lists, read as it is walked."""
-
-    def __init__(self, lists, batch, head, heads, row):
-        indices, counts, partial_counts = lists
-        self._row = (
-            jnp.int32(0) if indices.shape[0] == 1 else batch,
-            lax.div(head, jnp.int32(heads // indices.shape[1])),
-            row,
-        )
-        self._indices = indices
-        self.count = counts[self._row]
-        self.partial_count = partial_counts[self._row]
-
-    def block(self, j):
-        return self._indices[(*self._row, j)]
-
-
-class Sees:
-    """The predicate on one warpgroup's tile of queries (rows) against keys.
-
-    With `query_axis` 1 the tile is transposed: keys are the rows.
-    """
-
-    def __init__(self, predicate, looked_up, where, fixed, shape, query_axis=0):
-        self._predicate, self._shape = predicate, shape
-        self._looked_up, self._where = looked_up, where
-        self._query_axis = query_axis
-        self._iota = [mosaic.iota(size, axis) for axis, size in enumerate(shape)]
-        self._fixed = fixed
-        # What the rows look up is the same for every tile they meet.
-        self._rows = {
-            i: self._load(i, sum(fixed), 0)
-            for i, lookup in enumerate(predicate.lookups)
-            if lookup.by == (KEY if query_axis else QUERY)
-        }
-
-    def __call__(self, start, offset):
-        """Against the tile that begins at `start + offset`, `start` a block's."""
-        sides = [
-            ((self._fixed[0], None), (self._fixed[1] + self._iota[0], 0)),
-            ((start, None), (offset + self._iota[1], 1)),
-        ]
-        if self._query_axis:
-            sides.reverse()
-        batch, head = self._where
-        batch = lax.rem(batch, jnp.int32(self._predicate.batch))
-        arguments = [(x, None) for x in (batch, head)] + [x for s in sides for x in s]
-        looked_up = []
-        for i, lookup in enumerate(self._predicate.lookups):
-            if lookup.by is None:
-                ref = self._looked_up[i]
-                looked_up.append((ref[(*self._at(ref), jnp.int32(0))], None))
-            elif i in self._rows:
-                looked_up.append((self._rows[i], 0))
-            else:
-                looked_up.append((self._load(i, start + offset, 1), 1))
-        return self._predicate(arguments, looked_up, self._shape)
-
-    def _load(self, i, start, axis):
-        ref = self._looked_up[i]
-        place = ref.at[(*self._at(ref), pl.ds(start, self._shape[axis]))]
-        return mosaic.load(place, (ROW, COL)[axis])
-
-    def _at(self, ref):
-        return [
-            jnp.int32(0) if size == 1 else index
-            for size, index in zip(ref.shape, self._where, strict=False)
-        ]

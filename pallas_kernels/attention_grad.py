@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import fragments, mosaic
-from pallas_kernels.attention import ROWS, Lists, Masking, Sees, Visits
+from pallas_kernels.masking import ROWS, Lists, Masking, Sees, Visits
 from pallas_kernels.mosaic import COL, LOG2E
 
 PAIR = 6  # Named barrier on which the two warpgroups meet.
@@ -72,12 +72,13 @@ def attention_grad(
     by_rows = query_tile == 2 * ROWS
     columns_held = head_size if by_rows else head_size // 2
     log2_scale = scale * LOG2E
+    words = len(masking.predicate.words) if masking.predicate else 0
 
     def body(*refs):
         q_g, k_g, v_g, do_g, lse_g, delta_g, *lists_g = refs[:9]
         looked_up_g = refs[9 : 9 + len(looked_up)]
         dq_g, dk_g, dv_g, *local = refs[9 + len(looked_up) :]
-        k_s, v_s, q_s, do_s, row_s, ds_s, *barriers, acc_k, acc_v = local
+        k_s, v_s, q_s, do_s, row_s, ds_s, words_s, *barriers, acc_k, acc_v = local
         kv_full, q_full, do_full, q_free, do_free, pair = barriers
         head, i, b = (lax.axis_index(axis) for axis in ("h", "k", "b"))
         wg = lax.axis_index("wg")
@@ -119,6 +120,7 @@ def attention_grad(
                     (k, mosaic.transposed(q)),
                     (v, mosaic.transposed(do)),
                     probabilities,
+                    issued=lambda: sees and sees.prepare(*query_start(j)),
                 )
                 mosaic.add_product(d_value, p.astype(dtype), do)
                 ds = (p * (dp - columns(1))).astype(dtype)
@@ -161,6 +163,7 @@ def attention_grad(
                         (start, first_row),
                         shape,
                         query_axis=1,
+                        words=None if words_s is None else words_s.at[wg],
                     )
                     partial = visits.partial_count * split
                     lax.fori_loop(0, partial, functools.partial(run, sees=sees), None)
@@ -243,6 +246,7 @@ def attention_grad(
             mosaic.tiled((stages, query_tile, value_size), dtype),
             plgpu.SMEM((stages, 2, query_tile), jnp.float32),
             mosaic.tiled((2, tile, query_tile), dtype, swizzle),
+            plgpu.SMEM((2, words, query_tile), jnp.int32) if words else None,
             plgpu.Barrier(num_arrivals=2),
             slots(num_arrivals=3),
             slots(),

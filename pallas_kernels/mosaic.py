@@ -325,17 +325,22 @@ def accumulators(body, refs, shapes):
     return pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
 
 
-def two_products(first, second, meanwhile):
-    """`meanwhile(a b)` and `c d`, the one worked on while the other is computed."""
+def two_products(first, second, meanwhile, *, issued=lambda: None):
+    """`meanwhile(a b)` and `c d`, the one worked on while the other is computed.
+
+    `issued` runs when both are on their way.
+    """
     (a, b), (c, d) = first, second
     if interpreted():
         results = plain(a) @ plain(b), plain(c) @ plain(d)
         plgpu.commit_smem()
+        issued()
         return meanwhile(results[0]), results[1]
 
     def run(left, right):
         plgpu.wgmma(left, a, b)
         plgpu.wgmma(right, c, d)
+        issued()
         done = meanwhile(plgpu.wgmma_accumulator_load(left, wait_n=1))
         return done, plgpu.wgmma_accumulator_load(right, wait_n=0)
 

@@ -13,13 +13,13 @@ from attnx._groups import sum_of_groups
 from attnx.softmax.block_mask import BlockMask, transpose
 from attnx.softmax.mask import Mask
 from attnx.softmax.masks import Full
-from pallas_kernels.attention import ROWS, Lists, Masking
 from pallas_kernels.attention import attention as attention_kernel
 from pallas_kernels.attention_grad import attention_grad as grad_kernel
 from pallas_kernels.attention_grad_ordered import (
     attention_grad_ordered as ordered_kernel,
 )
 from pallas_kernels.batching import mappable
+from pallas_kernels.masking import ROWS, Lists, Masking
 from pallas_kernels.mosaic import LOG2E, wrong_device
 from pallas_kernels.predicate import Untraceable, trace
 
