@@ -141,8 +141,9 @@ def kernels(fn, *structs):
 def test_lowers_for_cuda(name):
     fn, shapes, dtype = CASES[name]
     found = kernels(with_gradients(fn), *structs(shapes, dtype))
-    # Forward and backward; the backward of decoding attends again.
-    assert len(found) == {"head size 256": 4, "decode": 3}.get(name, 2)
+    # Forward, backward and what puts the queries' gradients in rows; one a gradient for
+    # wide heads. The backward of decoding attends again.
+    assert len(found) == {"head size 256": 4, "decode": 4}.get(name, 3)
 
 
 def test_a_fixed_order_takes_a_kernel_a_gradient():
@@ -250,7 +251,7 @@ def test_lowers_under_transformations(transform):
         return transform(fn)(*arrays).astype(jnp.float32).sum()
 
     gradients = jax.grad(loss, (0, 1, 2))
-    assert len(kernels(gradients, *structs(shapes(2, 256, 2, 64), "bfloat16"))) >= 2
+    assert len(kernels(gradients, *structs(shapes(2, 256, 2, 64), "bfloat16"))) >= 3
 
 
 def test_lowers_in_a_scan_and_in_a_shard_map():
