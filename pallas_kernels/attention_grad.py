@@ -146,7 +146,7 @@ def attention_grad(
                         mosaic.transposed(ds_now.at[:, queries]),
                         k_s.at[:, held],
                     ),
-                    (d_key, ds, q),
+                    (d_key, ds_now.at[own], q),
                     write,
                     issued=lambda: plgpu.barrier_arrive(do_free.at[slot]),
                 )
