@@ -343,3 +343,28 @@ def test_a_block_of_threads_serves_several_tiles(tiles, monkeypatch):
     want = call(*wide, implementation="reference")
     np.testing.assert_allclose(got[1], want[1], atol=1e-2)
     assert relative_rms(got[0], want[0]) < 4e-3
+
+
+@pytest.mark.parametrize(
+    ("tiles", "options"),
+    [
+        (16, {}),
+        (16, {"local_window_size": (1023, 0)}),
+        (1, {"is_causal": True}),
+        (1, {"mask": masks.Window(jnp.array([*[70] * 15, 900]), 0)}),
+    ],
+)
+def test_even_lists_leave_one_block_of_threads_a_multiprocessor(
+    tiles, options, monkeypatch
+):
+    found = []
+
+    def kernel(query, *_, tiles, **rest):
+        found.append(tiles)
+        batch, length, heads, _ = query.shape
+        return query, jnp.zeros((batch, heads, length))
+
+    monkeypatch.setattr(pallas, "attention_kernel", kernel)
+    call = functools.partial(SOFTMAX, implementation="pallas", **options)
+    jax.eval_shape(jax.jit(call), *structs(shapes(1, 16384, 16, 128), "bfloat16"))
+    assert found == [tiles]
