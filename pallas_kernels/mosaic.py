@@ -381,14 +381,6 @@ def add_product(acc, a, b):
         plgpu.wgmma(acc, a, b)
 
 
-def add_to_memory(smem, gmem):
-    """Adds a tile to memory, by the copy engine; `wait_smem_to_gmem` waits for it."""
-    if interpreted():  # Blocks run one after another there.
-        gmem[...] = gmem[...] + smem[...]
-    else:
-        plgpu.copy_smem_to_gmem(smem, gmem, reduction_op="add")
-
-
 def plain(x):
     """The float32 values behind a reference or an array, for the interpreter."""
     if isinstance(x, _Transposed):
