@@ -9,9 +9,7 @@ the last probabilities with their values overlaps the softmax of the next scores
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -20,33 +18,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import mosaic
-from pallas_kernels.mosaic import COL, LOG2E, ROW, TILE
-from pallas_kernels.predicate import KEY, QUERY, Predicate
+from pallas_kernels.masking import ROWS, Lists, Masking, Sees, Visits
+from pallas_kernels.mosaic import LOG2E, ROW, TILE
 
-# Rows of one warpgroup's share of a tile: the least that wgmma takes.
-ROWS = 64
 TURN = 4  # The first of the named barriers for turns; Mosaic uses those below.
-
-
-class Lists(NamedTuple):
-    """Blocks visited by each block of the other side, partial ones first.
-
-    `indices` is int32 `[B or 1, N or K or 1, blocks, slots]`; `counts` and
-    `partial_counts` lack the last axis.
-    """
-
-    indices: jax.Array
-    counts: jax.Array
-    partial_counts: jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class Masking:
-    """Who sees whom: block sizes of the lists, and the predicate of partial blocks."""
-
-    query_block: int
-    key_block: int
-    predicate: Predicate | None
 
 
 def attention(
@@ -77,8 +52,8 @@ def attention(
       key_tile: keys of one step, a divisor of `masking.key_block`.
       stages: key and value tiles in flight.
       warpgroups: 1 to 3, of 64 queries each, that share the keys.
-      tiles: neighbouring tiles of queries that a block of threads serves in turn. More
-        than one hides, where lists are short, how a tile begins and ends.
+      tiles: tiles of queries that a block of threads serves in turn. More than one
+        hides, where lists are short, how a tile begins and ends.
 
     Returns:
       The output `[B, T, N, V]` and the log-sum-exp in base 2, float32 `[B, N, T]`.
@@ -93,6 +68,8 @@ def attention(
     split = masking.key_block // key_tile
     log2_scale = scale * LOG2E
     num_tiles = pl.cdiv(query_len, tile)
+    total = num_tiles * heads * batch
+    blocks = pl.cdiv(total, tiles)
     buffers = min(tiles, 2)
 
     def body(*refs):
@@ -102,24 +79,31 @@ def attention(
             6 + len(looked_up) :
         ]
         q_full, q_free, k_full, v_full, k_free, v_free = barriers
-        h, i, b = (lax.axis_index(axis) for axis in ("h", "q", "b"))
-        wg = lax.axis_index("wg")
-        # Later tiles of a causal mask visit more: the longest start first.
-        i = lax.axis_size("q") - 1 - i
+        me, wg = lax.axis_index("block"), lax.axis_index("wg")
 
-        def start_of(t):
-            number = i * tiles + t
-            if tiles > 1:  # The last block of threads may have fewer.
-                number = jnp.minimum(number, num_tiles - 1)
-            return number * tile
+        def exists(t):
+            """Whether there is a tile for turn t; the last turn may have fewer."""
+            return me + t * blocks < total
+
+        def place_of(t):
+            """The batch, head and first query of the tile of turn t."""
+            # At any time blocks of threads serve neighbouring tiles, whose keys meet in
+            # the cache: those that follow each other in turn are far apart.
+            number = me + t * blocks
+            number = jnp.minimum(number, total - 1) if tiles > 1 else number
+            number, b = _divided(number, batch)
+            h, i = _divided(number, num_tiles)
+            # Later tiles of a causal mask visit more: the longest start first.
+            return b, h, (num_tiles - 1 - i) * tile
 
         def visits_of(t):
             """The key blocks of a tile, and the steps that they take."""
-            block = lax.div(start_of(t), jnp.int32(masking.query_block))
+            b, h, start = place_of(t)
+            block = lax.div(start, jnp.int32(masking.query_block))
             visits = Visits(lists_g, b, h, heads, block)
             steps = visits.count * split
             if tiles > 1:
-                steps = jnp.where(i * tiles + t < num_tiles, steps, 0)
+                steps = jnp.where(exists(t), steps, 0)
             return visits, steps
 
         def each_tile(body):
@@ -150,7 +134,7 @@ def attention(
                 mosaic.named_barrier("arrive", TURN + to, 256)
 
         def consume_tile(t, before):
-            start = start_of(t)
+            b, h, start = place_of(t)
             visits, steps = visits_of(t)
             slot_of = lambda j: lax.rem(jnp.int32(before + j), jnp.int32(stages))
             buffer = lax.rem(jnp.int32(t), jnp.int32(buffers)) if tiles > 1 else 0
@@ -259,7 +243,7 @@ def attention(
 
             is_mine = start + first_row < query_len
             if tiles > 1:
-                is_mine &= i * tiles + t < num_tiles
+                is_mine &= exists(t)
 
             @pl.when(is_mine)
             def _():
@@ -272,10 +256,9 @@ def attention(
         def produce():
             if taking_turns:
                 plgpu.set_max_registers(24, action="decrease")
-            kv_head = lax.div(h, jnp.int32(group))
 
             def fetch(t):
-                start = start_of(t)
+                b, h, start = place_of(t)
                 buffer = lax.rem(jnp.int32(t), jnp.int32(buffers)) if tiles > 1 else 0
                 for i in range(warpgroups):
                     # Of the last tile some may lie past the end: they get queries
@@ -287,6 +270,8 @@ def attention(
                     )
 
             def produce_tile(t, before):
+                b, h, _ = place_of(t)
+                kv_head = lax.div(h, jnp.int32(group))
                 visits, steps = visits_of(t)
 
                 def copy(j, gmem, smem, full, free):
@@ -358,80 +343,17 @@ def attention(
             slots(num_arrivals=warpgroups),
             slots(num_arrivals=warpgroups),
         ],
-        grid=(heads, pl.cdiv(num_tiles, tiles), batch),
-        grid_names=("h", "q", "b"),
+        grid=(blocks,),
+        grid_names=("block",),
         num_threads=warpgroups + 1,
         thread_name="wg",
         kernel_name="attention",
     )
 
 
-class Visits:
-    """One block's row of the lists, read as it is walked."""
-
-    def __init__(self, lists, batch, head, heads, row):
-        indices, counts, partial_counts = lists
-        self._row = (
-            jnp.int32(0) if indices.shape[0] == 1 else batch,
-            lax.div(head, jnp.int32(heads // indices.shape[1])),
-            row,
-        )
-        self._indices = indices
-        self.count = counts[self._row]
-        self.partial_count = partial_counts[self._row]
-
-    def block(self, j):
-        return self._indices[(*self._row, j)]
-
-
-class Sees:
-    """The predicate on one warpgroup's tile of queries (rows) against keys.
-
-    With `query_axis` 1 the tile is transposed: keys are the rows.
-    """
-
-    def __init__(self, predicate, looked_up, where, fixed, shape, query_axis=0):
-        self._predicate, self._shape = predicate, shape
-        self._looked_up, self._where = looked_up, where
-        self._query_axis = query_axis
-        self._iota = [mosaic.iota(size, axis) for axis, size in enumerate(shape)]
-        self._fixed = fixed
-        # What the rows look up is the same for every tile they meet.
-        self._rows = {
-            i: self._load(i, sum(fixed), 0)
-            for i, lookup in enumerate(predicate.lookups)
-            if lookup.by == (KEY if query_axis else QUERY)
-        }
-
-    def __call__(self, start, offset):
-        """Against the tile that begins at `start + offset`, `start` a block's."""
-        sides = [
-            ((self._fixed[0], None), (self._fixed[1] + self._iota[0], 0)),
-            ((start, None), (offset + self._iota[1], 1)),
-        ]
-        if self._query_axis:
-            sides.reverse()
-        batch, head = self._where
-        batch = lax.rem(batch, jnp.int32(self._predicate.batch))
-        arguments = [(x, None) for x in (batch, head)] + [x for s in sides for x in s]
-        looked_up = []
-        for i, lookup in enumerate(self._predicate.lookups):
-            if lookup.by is None:
-                ref = self._looked_up[i]
-                looked_up.append((ref[(*self._at(ref), jnp.int32(0))], None))
-            elif i in self._rows:
-                looked_up.append((self._rows[i], 0))
-            else:
-                looked_up.append((self._load(i, start + offset, 1), 1))
-        return self._predicate(arguments, looked_up, self._shape)
-
-    def _load(self, i, start, axis):
-        ref = self._looked_up[i]
-        place = ref.at[(*self._at(ref), pl.ds(start, self._shape[axis]))]
-        return mosaic.load(place, (ROW, COL)[axis])
-
-    def _at(self, ref):
-        return [
-            jnp.int32(0) if size == 1 else index
-            for size, index in zip(ref.shape, self._where, strict=False)
-        ]
+def _divided(number, by: int):
+    """The quotient and what remains."""
+    if by == 1:
+        return number, jnp.int32(0)
+    quotient = lax.div(number, jnp.int32(by))
+    return quotient, number - quotient * by

@@ -15,8 +15,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import mosaic
-from pallas_kernels.attention import ROWS, Lists, Masking, Sees, Visits
+from pallas_kernels import fragments, mosaic
+from pallas_kernels.masking import ROWS, Lists, Masking, Sees, Visits
 from pallas_kernels.mosaic import COL, LOG2E
 
 PAIR = 6  # Named barrier on which the two warpgroups meet.
@@ -57,11 +57,11 @@ def attention_grad(
       stages: query tiles in flight.
 
     Returns:
-      Gradients of the query, in float32 and still to be scaled, and of key and value
-      for each of the N heads. Heads that share keys are not summed here: blocks of
-      threads that walk one head at a time find its queries in the cache.
+      Gradients of query, key and value, the last two for each of the N heads. Heads
+      that share keys are not summed here: blocks of threads that walk one head at a
+      time find its queries in the cache.
     """
-    batch, _, heads, head_size = query.shape
+    batch, query_len, heads, head_size = query.shape
     _, key_len, key_heads, value_size = value.shape
     dtype = query.dtype
     tile = 2 * ROWS
@@ -72,12 +72,13 @@ def attention_grad(
     by_rows = query_tile == 2 * ROWS
     columns_held = head_size if by_rows else head_size // 2
     log2_scale = scale * LOG2E
+    words = len(masking.predicate.words) if masking.predicate else 0
 
     def body(*refs):
         q_g, k_g, v_g, do_g, lse_g, delta_g, *lists_g = refs[:9]
         looked_up_g = refs[9 : 9 + len(looked_up)]
         dq_g, dk_g, dv_g, *local = refs[9 + len(looked_up) :]
-        k_s, v_s, q_s, do_s, row_s, ds_s, dq_s, *barriers, acc_k, acc_v = local
+        k_s, v_s, q_s, do_s, row_s, ds_s, words_s, *barriers, acc_k, acc_v = local
         kv_full, q_full, do_full, q_free, do_free, pair = barriers
         head, i, b = (lax.axis_index(axis) for axis in ("h", "k", "b"))
         wg = lax.axis_index("wg")
@@ -94,16 +95,14 @@ def attention_grad(
         def consume():
             plgpu.set_max_registers(240, action="increase")
             first_row = wg * ROWS
-            k, v = k_s.at[pl.ds(first_row, ROWS)], v_s.at[pl.ds(first_row, ROWS)]
-            if by_rows:
-                own_query, own_columns = first_row, pl.ds(0, head_size)
-            else:
-                own_query, own_columns = 0, pl.ds(wg * columns_held, columns_held)
             plgpu.barrier_wait(kv_full)
 
             def step(j, _, sees, d_key, d_value):
                 slot = lax.rem(j, jnp.int32(stages))
                 q, do = q_s.at[slot], do_s.at[slot]
+                me = mosaic.again(wg)
+                own = pl.ds(me * ROWS, ROWS)
+                k, v = k_s.at[own], v_s.at[own]
 
                 def columns(which):
                     vector = mosaic.load(row_s.at[slot, which], COL)
@@ -121,35 +120,33 @@ def attention_grad(
                     (k, mosaic.transposed(q)),
                     (v, mosaic.transposed(do)),
                     probabilities,
+                    issued=lambda: sees and sees.prepare(*query_start(j)),
                 )
                 mosaic.add_product(d_value, p.astype(dtype), do)
                 ds = (p * (dp - columns(1))).astype(dtype)
                 # The other warpgroup met this one after it last read this buffer.
                 ds_now = ds_s.at[lax.rem(j, jnp.int32(2))]
-                ds_now.at[pl.ds(first_row, ROWS)][...] = ds
-                plgpu.commit_smem()
+                me = mosaic.again(wg)
+                own = pl.ds(me * ROWS, ROWS)
+                ds_now.at[own][...] = ds
                 mosaic.meet(PAIR, pair)
+                if by_rows:
+                    queries, part, held = own, 0, pl.ds(0, head_size)
+                else:
+                    queries, part = pl.ds(0, ROWS), me
+                    held = pl.ds(me * columns_held, columns_held)
 
                 def write(d_query):
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    dq_s.at[wg][...] = d_query
-                    plgpu.commit_smem()
-                    mosaic.add_to_memory(
-                        dq_s.at[wg],
-                        dq_g.at[
-                            b,
-                            pl.ds(sum(query_start(j)) + own_query, ROWS),
-                            head,
-                            own_columns,
-                        ],
-                    )
+                    start = sum(query_start(j)) + queries.start
+                    place = b, head, lax.div(start, jnp.int32(ROWS)), part
+                    fragments.add(dq_g.at[place], d_query)
 
                 mosaic.product_beside(
                     (
-                        mosaic.transposed(ds_now.at[:, pl.ds(own_query, ROWS)]),
-                        k_s.at[:, own_columns],
+                        mosaic.transposed(ds_now.at[:, queries]),
+                        k_s.at[:, held],
                     ),
-                    (d_key, ds_now.at[pl.ds(first_row, ROWS)], q),
+                    (d_key, ds_now.at[own], q),
                     write,
                     issued=lambda: plgpu.barrier_arrive(do_free.at[slot]),
                 )
@@ -166,6 +163,7 @@ def attention_grad(
                         (start, first_row),
                         shape,
                         query_axis=1,
+                        words=None if words_s is None else words_s.at[wg],
                     )
                     partial = visits.partial_count * split
                     lax.fori_loop(0, partial, functools.partial(run, sees=sees), None)
@@ -179,6 +177,7 @@ def attention_grad(
             )
             # Both have read the keys before either writes over them.
             mosaic.meet(PAIR, pair)
+            k, v = k_s.at[pl.ds(first_row, ROWS)], v_s.at[pl.ds(first_row, ROWS)]
             k[...] = (d_key * scale).astype(dtype)
             v[...] = d_value.astype(dtype)
             plgpu.commit_smem()
@@ -228,12 +227,15 @@ def attention_grad(
 
     swizzle = mosaic.swizzle_of(columns_held, dtype)
     slots = functools.partial(plgpu.Barrier, num_barriers=stages)
-    d_query = jnp.zeros(query.shape, jnp.float32)
+    parts = head_size // columns_held
+    d_query = jnp.zeros(
+        (batch, heads, query_len // ROWS, parts, ROWS * columns_held), jnp.float32
+    )
     d_key, d_value = (
         lax.empty((batch, key_len, heads, size), dtype)
         for size in (head_size, value_size)
     )
-    return mosaic.call_in_place(
+    d_query, d_key, d_value = mosaic.call_in_place(
         body,
         (query, key, value, d_out, lse, delta, *lists, *looked_up),
         (d_query, d_key, d_value),
@@ -244,7 +246,7 @@ def attention_grad(
             mosaic.tiled((stages, query_tile, value_size), dtype),
             plgpu.SMEM((stages, 2, query_tile), jnp.float32),
             mosaic.tiled((2, tile, query_tile), dtype, swizzle),
-            mosaic.tiled((2, ROWS, columns_held), jnp.float32),
+            plgpu.SMEM((2, words, query_tile), jnp.int32) if words else None,
             plgpu.Barrier(num_arrivals=2),
             slots(num_arrivals=3),
             slots(),
@@ -260,3 +262,4 @@ def attention_grad(
         thread_name="wg",
         kernel_name="attention_grad",
     )
+    return fragments.in_rows(d_query, scale, dtype), d_key, d_value

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import mosaic
-from pallas_kernels.attention import ROWS, Lists, Masking, Sees, Visits
+from pallas_kernels.masking import ROWS, Lists, Masking, Sees, Visits
 from pallas_kernels.mosaic import COL, LOG2E, ROW
 
 

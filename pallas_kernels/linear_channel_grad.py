@@ -111,13 +111,13 @@ def linear_channel_grad(
                 d_scores = mosaic.product(do_s, mosaic.transposed(v_s))
                 mirrored = mosaic.product(v_s, mosaic.transposed(do_s))
                 both = jnp.where(i >= j, d_scores, mirrored)
-                scores_s.at[again(wg)][...] = both.astype(dtype)
+                scores_s.at[mosaic.again(wg)][...] = both.astype(dtype)
                 return jnp.where(i == j, d_scores, 0.0).sum(axis=1)
 
             def level(n, carry, part):
                 """What tokens get of each other across the middle of their pairs."""
                 p, d_query, d_key, change = carry
-                pair, me = Pair(n), again(wg)
+                pair, me = Pair(n), mosaic.again(wg)
                 part = part_of(me, part)
                 x_s = weighed_s.at[me, lax.rem(n, jnp.int32(2))]
                 decay = pair.decay(decays, part)
@@ -140,7 +140,7 @@ def linear_channel_grad(
 
             def channels(n, p, rows, diagonal):
                 """The gradients of one part of the channels, and its scores."""
-                part = part_of(again(wg), n)
+                part = part_of(mosaic.again(wg), n)
                 shape = CHUNK, _PART
                 i, j = tokens()
                 own_q, own_k = q_s.at[:, part], k_s.at[:, part]
@@ -157,7 +157,7 @@ def linear_channel_grad(
                     (p + itself(q * k), diagonal * k, diagonal * q, none),
                 )
                 # Queries and keys give way to what the states are to them.
-                me = again(wg)
+                me = mosaic.again(wg)
                 part = part_of(me, n)
                 own_q, own_k = q_s.at[:, part], k_s.at[:, part]
                 decay = decays.over(j <= i, part)
@@ -192,7 +192,7 @@ def linear_channel_grad(
 
             def publish(d_state, state_ref):
                 """For both to read; `ends_s` becomes the sum at that place."""
-                me = again(wg)
+                me = mosaic.again(wg)
                 own = columns_of(me)
                 for tile, x in zip(tiles, d_state, strict=True):
                     d_state_s.at[tile, own][...] = x.astype(dtype)
@@ -216,7 +216,7 @@ def linear_channel_grad(
                     mosaic.full((CHUNK, CHUNK), 0.0, TILE),
                 )
                 i, j = tokens()
-                me = again(wg)
+                me = mosaic.again(wg)
                 own = columns_of(me)
                 # The scores take the place of their gradients.
                 scores_s.at[me][...] = jnp.where(i <= j, p, 0.0).astype(dtype)
@@ -310,8 +310,3 @@ def linear_channel_grad(
         thread_name="wg",
         kernel_name="linear_channel_grad",
     )
-
-
-def again(x):
-    """A number anew, so that addresses made of it are not kept in registers."""
-    return lax.optimization_barrier(x)

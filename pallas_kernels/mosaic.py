@@ -18,7 +18,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import llvm
+from jax._src.lib.mlir.dialects import llvm, nvvm
 from jax._src.pallas.mosaic_gpu.interpret.params import (  # Public since 0.11.
     InterpretGPUParams,
     force_gpu_interpret_mode,
@@ -275,18 +275,33 @@ def overlapped(first, second, *, issued, meanwhile):
     return lax.optimization_barrier((acc, done))
 
 
+def again(x):
+    """A number anew, so that addresses made of it are not kept in registers."""
+    return lax.optimization_barrier(x)
+
+
 def emulated(scratch):
     """Scratch for the interpreter alone, in place of what only the hardware has."""
     return scratch if interpreted() else None
 
 
 def meet(number: int, barrier):
-    """Waits for the other warpgroup; `barrier` is `emulated`."""
+    """Waits for the other warpgroup, which then sees what this one stored.
+
+    In shared memory, its products included; `barrier` is `emulated`.
+    """
     if interpreted():
+        plgpu.commit_smem()
         plgpu.barrier_arrive(barrier)
         plgpu.barrier_wait(barrier)
-    else:
-        named_barrier("sync", number, 256)
+        return
+
+    @plgpu.inline_mgpu()
+    def fence(_):
+        nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
+
+    fence()
+    named_barrier("sync", number, 256)
 
 
 def accumulators(body, refs, shapes):
@@ -310,17 +325,22 @@ def accumulators(body, refs, shapes):
     return pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
 
 
-def two_products(first, second, meanwhile):
-    """`meanwhile(a b)` and `c d`, the one worked on while the other is computed."""
+def two_products(first, second, meanwhile, *, issued=lambda: None):
+    """`meanwhile(a b)` and `c d`, the one worked on while the other is computed.
+
+    `issued` runs when both are on their way.
+    """
     (a, b), (c, d) = first, second
     if interpreted():
         results = plain(a) @ plain(b), plain(c) @ plain(d)
         plgpu.commit_smem()
+        issued()
         return meanwhile(results[0]), results[1]
 
     def run(left, right):
         plgpu.wgmma(left, a, b)
         plgpu.wgmma(right, c, d)
+        issued()
         done = meanwhile(plgpu.wgmma_accumulator_load(left, wait_n=1))
         return done, plgpu.wgmma_accumulator_load(right, wait_n=0)
 
@@ -359,14 +379,6 @@ def add_product(acc, a, b):
         plgpu.commit_smem()
     else:
         plgpu.wgmma(acc, a, b)
-
-
-def add_to_memory(smem, gmem):
-    """Adds a tile to memory, by the copy engine; `wait_smem_to_gmem` waits for it."""
-    if interpreted():  # Blocks run one after another there.
-        gmem[...] = gmem[...] + smem[...]
-    else:
-        plgpu.copy_smem_to_gmem(smem, gmem, reduction_op="add")
 
 
 def plain(x):

@@ -5,6 +5,9 @@ follows what each value depends on. What depends on the row alone stays a vector
 the rows, what depends on the column alone a vector along the columns, and only what
 needs both becomes a tile. Arrays that the function looks up by its query or its key
 are looked up before the kernel, for all queries or keys, and loaded as vectors.
+
+In a transposed tile queries are the columns, of which a thread holds many. Vectors
+along them that take long are `words`, which a kernel may make and hand over itself.
 """
 
 from __future__ import annotations
@@ -63,6 +66,8 @@ _ELEMENTWISE = {
 
 # Outside, even where the array has one element.
 _LOOKUPS = {"dynamic_slice", "gather"}
+# Operations from which on a vector is worth the way through shared memory.
+_LONG = 8
 
 
 class Untraceable(ValueError):
@@ -89,18 +94,59 @@ class Predicate:
     _arguments: tuple[Any, ...]
     _looked_up: tuple[Any, ...]
 
-    def __call__(self, arguments: Sequence, looked_up: Sequence, shape) -> Any:
+    def __call__(
+        self, arguments: Sequence, looked_up: Sequence, shape, words: Sequence = ()
+    ) -> Any:
         """The boolean tile.
 
         Args:
           arguments: the six arguments as `(value, axis)`, axis None for scalars.
           looked_up: one `(value, axis)` a lookup.
           shape: of the tile.
+          words: those of `make_words` as `(value, axis)`, if they are there.
         """
-        env = dict(zip(self._arguments, arguments, strict=True))
-        env |= dict(zip(self._looked_up, looked_up, strict=True))
-        (out,) = _evaluate(self._jaxpr, env, shape)
+        env = self._known(arguments, looked_up)
+        env |= dict(zip(self.words, words, strict=False))
+        (out,) = _evaluate(self._jaxpr, self._jaxpr.outvars, env, shape)
         return _spread(*out, shape)
+
+    def make_words(self, arguments: Sequence, looked_up: Sequence, shape) -> list:
+        """The vectors `words`, int32, of arguments as above."""
+        env = self._known(arguments, looked_up)
+        return [x for x, _ in _evaluate(self._jaxpr, self.words, env, shape)]
+
+    @functools.cached_property
+    def words(self) -> tuple[Any, ...]:
+        """What meets the keys, depends on the row alone, and takes long to make."""
+        along = {self._arguments[3]: {QUERY}, self._arguments[5]: {KEY}}
+        for var, lookup in zip(self._looked_up, self.lookups, strict=True):
+            along[var] = {lookup.by} - {None}
+        words = {}
+        for eqn in _leading_to(self._jaxpr, self._jaxpr.outvars, along):
+            sides = [along.get(x, set()) for x in _variables(eqn.invars)]
+            along |= dict.fromkeys(eqn.outvars, set().union(*sides))
+            if along[eqn.outvars[0]] == {QUERY, KEY}:
+                words |= dict.fromkeys(_variables(eqn.invars))
+
+        def is_long(var):
+            made = [
+                eqn.primitive.name in _ELEMENTWISE
+                for eqn in _leading_to(self._jaxpr, [var], self._looked_up)
+                if along[eqn.outvars[0]] == {QUERY}
+            ]
+            return sum(made) >= _LONG
+
+        return tuple(
+            var
+            for var in words
+            if along.get(var) == {QUERY}
+            and var.aval.dtype == jnp.int32
+            and is_long(var)
+        )
+
+    def _known(self, arguments, looked_up):
+        env = dict(zip(self._arguments, arguments, strict=True))
+        return env | dict(zip(self._looked_up, looked_up, strict=True))
 
 
 def trace(
@@ -132,8 +178,7 @@ def trace(
         if jnp.size(x) == 1:
             wanted.append(var)
     for eqn in jaxpr.eqns:
-        inputs = [x for x in eqn.invars if not isinstance(x, Literal)]
-        on = frozenset().union(*(depends[x] for x in inputs))
+        on = frozenset().union(*(depends[x] for x in _variables(eqn.invars)))
         depends |= dict.fromkeys(eqn.outvars, on)
         name = eqn.primitive.name
         single = all(_is_single(x) for x in (*eqn.invars, *eqn.outvars))
@@ -143,8 +188,8 @@ def trace(
             inside.append(eqn)
             continue
         wanted += [x for x in eqn.outvars if _is_single(x)]
-    used = {x for e in inside for x in e.invars if not isinstance(x, Literal)}
-    used |= {x for x in jaxpr.outvars if not isinstance(x, Literal)}
+    used = {x for e in inside for x in _variables(e.invars)}
+    used |= set(_variables(jaxpr.outvars))
     wanted = [x for x in wanted if x in used]
     lookups, arrays = [], []
     for var in wanted:
@@ -170,13 +215,7 @@ def _outside(jaxpr, arguments, constants, wanted, batch, head, index):
     """A looked up value of one query or key, by evaluating what leads to it."""
     env = dict(zip(arguments, (batch, head, 0, index, 0, index), strict=True))
     env = {var: jnp.asarray(x, jnp.int32) for var, x in env.items()} | constants
-    needed = {wanted}
-    eqns = []
-    for eqn in reversed(jaxpr.eqns):
-        if needed & set(eqn.outvars):
-            eqns.append(eqn)
-            needed |= {x for x in eqn.invars if not isinstance(x, Literal)}
-    for eqn in reversed(eqns):
+    for eqn in _leading_to(jaxpr, [wanted], env):
         inputs = [x.val if isinstance(x, Literal) else env[x] for x in eqn.invars]
         outputs = eqn.primitive.bind(*inputs, **eqn.params)
         outputs = outputs if eqn.primitive.multiple_results else [outputs]
@@ -184,25 +223,34 @@ def _outside(jaxpr, arguments, constants, wanted, batch, head, index):
     return env[wanted].reshape(())
 
 
-def _evaluate(jaxpr, env, shape):
-    for eqn in jaxpr.eqns:
-        if not all(_is_single(x) for x in (*eqn.invars, *eqn.outvars)):
-            continue
-        if all(x in env for x in eqn.outvars):
-            continue
-        inputs = [
-            (_literal(x), None) if isinstance(x, Literal) else env.get(x)
-            for x in eqn.invars
-        ]
-        if any(x is None for x in inputs):
-            continue  # Leads to a lookup alone.
-        if eqn.primitive.name in _SHAPE_ONLY:
-            env[eqn.outvars[0]] = inputs[0]
-            continue
-        env[eqn.outvars[0]] = _apply(eqn, inputs, shape)
-    return [
-        (_literal(x), None) if isinstance(x, Literal) else env[x] for x in jaxpr.outvars
-    ]
+def _leading_to(jaxpr, wanted, known):
+    """The operations that make some variables out of known ones."""
+    known = set(known)
+    needed = set(_variables(wanted)) - known
+    eqns = []
+    for eqn in reversed(jaxpr.eqns):
+        if needed & set(eqn.outvars):
+            eqns.append(eqn)
+            needed |= set(_variables(eqn.invars)) - known
+    return eqns[::-1]
+
+
+def _variables(atoms):
+    return [x for x in atoms if not isinstance(x, Literal)]
+
+
+def _evaluate(jaxpr, wanted, env, shape):
+    """The `(value, axis)` of some variables or literals."""
+    env = dict(env)
+
+    def read(x):
+        return (_literal(x), None) if isinstance(x, Literal) else env[x]
+
+    for eqn in _leading_to(jaxpr, wanted, env):
+        inputs = [read(x) for x in eqn.invars]
+        shape_only = eqn.primitive.name in _SHAPE_ONLY
+        env[eqn.outvars[0]] = inputs[0] if shape_only else _apply(eqn, inputs, shape)
+    return [read(x) for x in wanted]
 
 
 def _apply(eqn, inputs, shape):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from attnx import masks
+from attnx.softmax.neighborhood import TiledNeighborhood
 from pallas_kernels.predicate import KEY, QUERY, Untraceable, trace
 
 B, N, T = 2, 2, 256
@@ -89,3 +90,27 @@ def test_what_a_kernel_cannot_evaluate_says_why():
         traced(by_both)
     with pytest.raises(Untraceable, match="uses sin"):
         traced(masks.from_fn(lambda b, h, q, k: jnp.sin(q * 1.0) > jnp.sin(k * 1.0)))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_what_takes_long_along_the_queries_can_be_handed_over(stride):
+    mask = TiledNeighborhood((16, 16), 5, stride, (1, 2), (True, False), (8, 8))
+    predicate, _ = trace(mask.at, 1, 1, T, T)
+    assert [word.aval.dtype for word in predicate.words] == [jnp.int32]
+    shape = 64, 64  # Of keys and queries.
+    columns = jnp.arange(64, dtype=jnp.int32)
+    for query_start, key_start in ((64, 0), (64, 64), (192, 128)):
+        starts = [(jnp.int32(start), None) for start in (query_start, key_start)]
+        indices = [(jnp.int32(0), None)] * 2
+        indices += [starts[0], (columns, 1), starts[1], (columns, 0)]
+        words = [(x, 1) for x in predicate.make_words(indices, [], shape)]
+        want = predicate(indices, [], shape)
+        assert 0 < want.sum() < want.size
+        # The queries are not asked for again where their words are there.
+        indices[3] = (columns * 0, 1)
+        np.testing.assert_array_equal(predicate(indices, [], shape, words), want)
+
+
+def test_what_is_made_at_once_stays_where_it_is():
+    for name in ("causal", "window", "documents", "looked up"):
+        assert traced(MASKS[name])[0].words == ()

@@ -8,18 +8,20 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from attnx._checks import is_traced
 from attnx._groups import sum_of_groups
 from attnx.softmax.block_mask import BlockMask, transpose
 from attnx.softmax.mask import Mask
 from attnx.softmax.masks import Full
-from pallas_kernels.attention import ROWS, Lists, Masking
 from pallas_kernels.attention import attention as attention_kernel
 from pallas_kernels.attention_grad import attention_grad as grad_kernel
 from pallas_kernels.attention_grad_ordered import (
     attention_grad_ordered as ordered_kernel,
 )
 from pallas_kernels.batching import mappable
+from pallas_kernels.masking import ROWS, Lists, Masking
 from pallas_kernels.mosaic import LOG2E, wrong_device
 from pallas_kernels.predicate import Untraceable, trace
 
@@ -29,9 +31,11 @@ HEAD_SIZES = (32, 64, 96, 128, 256)
 _WIDEST_FUSED = 128
 # And narrower ones for a third warpgroup that computes, or for two query tiles a step.
 _NARROW = 64
-# An H100's multiprocessors, and how short lists are that leave time between tiles.
+# An H100's multiprocessors, how short lists are that leave time between tiles, and the
+# share of the longest list that lists come to on average where they are even.
 _PROCESSORS = 132
 _SHORT = 4
+_EVEN = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +91,8 @@ def attention(
         transposed,
         grad_block_mask,
         config,
+        not is_traced(block_mask.counts)
+        and np.mean(block_mask.counts) >= _EVEN * np.max(block_mask.counts),
     )
     padded = (_pad(query, -query_len % ROWS), _pad(key, key_pad), _pad(value, key_pad))
     lists, grad_lists = (
@@ -152,6 +158,7 @@ class _Call:
     transposed: Callable[[], Lists] | None
     grad_block_mask: BlockMask
     config: KernelConfig
+    even: bool  # Whether tiles of queries are known to visit about as many keys.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -170,25 +177,32 @@ def _forward(call, query, key, value, lists, grad_lists, looked_up):
         key_tile=key_tile(query, value),
         stages=3 if small else 2,
         warpgroups=warpgroups,
-        tiles=_tiles_in_turn(query, value, lists, warpgroups * ROWS),
+        tiles=_tiles_in_turn(query, value, lists, warpgroups * ROWS, call.even),
     )
     out, lse = kernel((query, key, value), (lists, looked_up))
     residuals = query, key, value, grad_lists, looked_up, out, lse
     return (out, jnp.swapaxes(lse, 1, 2) / LOG2E), residuals
 
 
-def _tiles_in_turn(query, value, lists, tile):
-    """Tiles of queries for each block of threads."""
+def _tiles_in_turn(query, value, lists, tile, even):
+    """Tiles of queries for each block of threads.
+
+    A tile is begun while the one before it ends. Even lists leave one block of threads
+    for each multiprocessor; others are better balanced by blocks that start as others
+    end.
+    """
     batch, length, heads, size = query.shape
-    if max(size, value.shape[-1]) > _WIDEST_FUSED or lists.indices.shape[-1] > _SHORT:
+    if max(size, value.shape[-1]) > _WIDEST_FUSED:
         return 1
     tiles = batch * heads * -(-length // tile)
+    if even:
+        return -(-tiles // _PROCESSORS)
 
     def cost(count):
         """Of all tiles, where a block of threads adds half a tile of its own."""
         return -(-tiles // (count * _PROCESSORS)) * (count + 0.5)
 
-    return min((1, 2, 4, 8), key=cost)
+    return min((1, 2, 4, 8), key=cost) if lists.indices.shape[-1] <= _SHORT else 1
 
 
 def _backward(call, residuals, cotangents):
@@ -233,7 +247,6 @@ def _backward(call, residuals, cotangents):
         stages=2,
     )
     d_query, d_key, d_value = kernel(arrays, (by_key, looked_up))
-    d_query = (d_query * call.scale).astype(query.dtype)
     d_key, d_value = sum_of_groups(d_key, key), sum_of_groups(d_value, value)
     return d_query[:, :query_len], d_key, d_value, None, None, None
 

@@ -17,9 +17,9 @@ from attnx.softmax import pallas
 from attnx.softmax.block_mask import FULL, PARTIAL, SKIP, BlockMask, compact
 from attnx.softmax.mask import Mask
 from attnx.softmax.merge import merge_attention
-from pallas_kernels.attention import ROWS, Lists, Masking
 from pallas_kernels.attention import attention as attention_kernel
 from pallas_kernels.batching import mappable
+from pallas_kernels.masking import ROWS, Lists, Masking
 from pallas_kernels.mosaic import LOG2E
 from pallas_kernels.predicate import trace
 

@@ -1,0 +1,135 @@
+"""Float32 sums in memory, kept in the order in which a warpgroup holds a tile.
+
+A thread of a warpgroup holds pairs of neighbouring columns of a tile. In memory that is
+in rows, adding them takes a detour through shared memory or touches a row for every
+pair. Memory in the order of the registers takes 16 bytes of each thread at once, and
+without a gap between threads; one pass puts the sums into rows when all are there.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax._src.lib.mlir import ir
+from jax._src.lib.mlir.dialects import arith, gpu, llvm, vector
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu.utils import getelementptr, memref_ptr
+
+from pallas_kernels import mosaic
+from pallas_kernels.mosaic import TILE
+
+ROWS = 64
+_STEP = 128 * 16  # Bytes that a warpgroup's threads hold of 8 columns.
+
+
+def add(ref, x):
+    """Adds a tile `[64, C]` to the `64 C` sums of a reference to memory."""
+    if mosaic.interpreted():  # Any order will do that `load` reads again.
+        ref[...] = ref[...] + x.reshape(ref.shape)
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), TILE))
+    def run(_, ref, x):
+        place = _place(ref)
+        for i, pairs in enumerate(x.registers.reshape(-1, 2)):
+            values = [_element(pair, j) for pair in pairs for j in range(2)]
+            # The last operand is not used. Without a later use of the zero that
+            # accumulators begin as, LLVM makes it one register with the last of these,
+            # and ptxas then keeps all 32 of a product from the step's start.
+            llvm.inline_asm(
+                ir.Type.parse("!llvm.void"),
+                [place, *values, _constant(0)],
+                f"red.relaxed.gpu.global.add.v4.f32 [$0+{_STEP * i}], "
+                "{$1, $2, $3, $4};",
+                "l,f,f,f,f,r",
+                has_side_effects=True,
+            )
+
+    run(ref, x)
+
+
+def load(ref, columns: int):
+    """The tile `[64, columns]` of such sums."""
+    shape = (ROWS, columns)
+    if mosaic.interpreted():
+        return ref[...].reshape(shape)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(),),
+        return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, TILE),
+    )
+    def run(_, ref):
+        place, layout = _place(ref), TILE.to_mgpu()
+        pair = ir.VectorType.get((2,), ir.F32Type.get())
+        registers = np.empty(layout.registers_shape(shape), object)
+        for i, pairs in enumerate(registers.reshape(-1, 2)):
+            four = getelementptr(place, [_STEP * i], ir.IntegerType.get_signless(8))
+            four = llvm.load(
+                ir.VectorType.get((4,), ir.F32Type.get()), four, alignment=16
+            )
+            for half in range(2):
+                pairs[half] = vector.from_elements(
+                    pair, [_element(four, 2 * half + j) for j in range(2)]
+                )
+        return mgpu.FragmentedArray(
+            _registers=registers, _layout=layout, _is_signed=None
+        )
+
+    return run(ref)
+
+
+def in_rows(sums: jax.Array, scale: float, dtype) -> jax.Array:
+    """Puts sums into rows.
+
+    Args:
+      sums: float32 `[B, N, tiles, parts, 64 C]`, each of `parts` a tile of C columns.
+      scale: factor on them.
+      dtype: of the result.
+
+    Returns:
+      `[B, 64 tiles, N, parts C]`.
+    """
+    batch, heads, tiles, parts, size = sums.shape
+    columns = size // ROWS
+
+    def body(sums_g, out_g, out_s):
+        head, i, b, part = (lax.axis_index(axis) for axis in ("h", "q", "b", "part"))
+        x = load(sums_g.at[b, head, i, part], columns)
+        out_s[...] = (x * scale).astype(dtype)
+        plgpu.commit_smem()
+        place = b, pl.ds(i * ROWS, ROWS), head, pl.ds(part * columns, columns)
+        plgpu.copy_smem_to_gmem(out_s, out_g.at[place])
+        plgpu.wait_smem_to_gmem(0)
+
+    return mosaic.call(
+        body,
+        (sums,),
+        jax.ShapeDtypeStruct((batch, tiles * ROWS, heads, parts * columns), dtype),
+        scratch=[mosaic.tiled((ROWS, columns), dtype)],
+        grid=(heads, tiles, batch, parts),
+        grid_names=("h", "q", "b", "part"),
+        kernel_name="in_rows",
+    )
+
+
+def _place(ref):
+    """Where this thread's first 16 bytes are."""
+    i32 = ir.IntegerType.get_signless(32)
+    thread = arith.index_cast(i32, gpu.thread_id(gpu.Dimension.x))
+    thread = arith.remui(thread, _constant(128))
+    place = llvm.addrspacecast(llvm.PointerType.get(address_space=1), memref_ptr(ref))
+    four = ir.VectorType.get((4,), ir.F32Type.get())
+    return getelementptr(place, [thread], four)
+
+
+def _element(values, i):
+    return llvm.extractelement(values, _constant(i))
+
+
+def _constant(value):
+    i32 = ir.IntegerType.get_signless(32)
+    return arith.constant(i32, ir.IntegerAttr.get(i32, value))
