@@ -1,7 +1,4 @@
-"""Queries gathered by the block they chose, and their parts merged again.
-
-For one row of a batch and one head; `jax.vmap` maps over the rest.
-"""
+"""Queries gathered by the block they chose, and their parts merged again."""
 
 from __future__ import annotations
 
@@ -12,16 +9,31 @@ import jax.numpy as jnp
 
 
 def plan_tiles(rows, blocks, *, num_rows, count, tile):
-    """Sorts pairs by block and fills tiles with the rows of one block each.
+    """Sorts the pairs of `[B, N, P]` by block and fills tiles with rows of one each.
 
     Returns:
       The row in each place of the tiles, `num_rows` where none; the place of each pair,
       the number of places where none; which block each tile attends to; and whether
       it is in use, 0 or 1.
     """
+    fill = functools.partial(_fill_tiles, num_rows=num_rows, count=count, tile=tile)
+    order = jax.vmap(functools.partial(_order, count=count))(blocks)
+    return jax.vmap(jax.vmap(fill))(rows, blocks, order)
+
+
+def _order(blocks, *, count):
+    """What sorts each list of `[N, P]`, stably."""
+    lists, pairs = blocks.shape
+    # As one list: the device sorts one long list faster than many short ones.
+    dtype = jnp.uint16 if lists * (count + 1) <= 1 << 16 else jnp.int32
+    each = jnp.arange(lists, dtype=jnp.int32)[:, None]
+    number = (blocks + each * (count + 1)).astype(dtype)
+    order = jnp.argsort(number.reshape(-1), stable=True).astype(jnp.int32)
+    return order.reshape(lists, pairs) - each * pairs
+
+
+def _fill_tiles(rows, blocks, order, *, num_rows, count, tile):
     pairs = rows.shape[0]
-    dtype = jnp.uint16 if count < 1 << 16 else jnp.int32
-    order = jnp.argsort(blocks.astype(dtype), stable=True).astype(jnp.int32)
     ordered = blocks[order]
     sizes = _run_lengths(ordered, count)
     first = jnp.cumsum(sizes) - sizes
@@ -88,45 +100,61 @@ gathered_rows.defvjp(_rows_forward, _rows_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def merged_parts(per_row, num_rows, out, lse, rows, place):
-    """Merges the parts `[M, V]`, `[M]` of each row, as `merge_attention` would."""
+def merged_parts(per_row, num_rows, out, lse, rows, place, rest):
+    """Merges the parts `[M, V]`, `[M]` of each row, as `merge_attention` would.
+
+    `rest` is one more part of every row, `[T, V]` and `[T]`, or None.
+    """
     if per_row is None:
-        total_of = functools.partial(jax.ops.segment_sum, num_segments=num_rows)
         peak = jax.ops.segment_max(lse, rows, num_rows)
-        peak = jnp.where(jnp.isfinite(peak), peak, 0)
-        weights = jnp.exp(lse - jnp.take(peak, rows, mode="clip"))
-        total = total_of(weights, rows)
-        merged = total_of(weights[:, None] * out.astype(lse.dtype), rows)
     else:
         each = jnp.take(lse, place, mode="fill", fill_value=-jnp.inf)
         each = each.reshape(num_rows, per_row)
         peak = each.max(1)
-        peak = jnp.where(jnp.isfinite(peak), peak, 0)
+    if rest is not None:
+        peak = jnp.maximum(peak, rest[1])
+    peak = jnp.where(jnp.isfinite(peak), peak, 0)
+    if per_row is None:
+        total_of = functools.partial(jax.ops.segment_sum, num_segments=num_rows)
+        weights = jnp.exp(lse - jnp.take(peak, rows, mode="clip"))
+        total = total_of(weights, rows)
+        merged = total_of(weights[:, None] * out.astype(lse.dtype), rows)
+    else:
         weights = jnp.exp(each - peak[:, None])
         total = weights.sum(1)
         parts = _parts(out, place, per_row)
         merged = sum(weights[:, j, None] * part for j, part in parts)
+    if rest is not None:
+        weights = jnp.exp(rest[1] - peak)
+        total += weights
+        merged += weights[:, None] * rest[0].astype(lse.dtype)
     empty = total == 0
     total = jnp.where(empty, 1, total)
     merged = (merged / total[:, None]).astype(out.dtype)
     return merged, jnp.where(empty, -jnp.inf, peak + jnp.log(total))
 
 
-def _parts_forward(per_row, num_rows, out, lse, rows, place):
-    merged, total = merged_parts(per_row, num_rows, out, lse, rows, place)
-    return (merged, total), (out, lse, rows, merged, total)
+def _parts_forward(per_row, num_rows, out, lse, rows, place, rest):
+    merged, total = merged_parts(per_row, num_rows, out, lse, rows, place, rest)
+    return (merged, total), (out, lse, rows, rest, merged, total)
 
 
 def _parts_backward(per_row, num_rows, residuals, grads):
-    out, lse, rows, merged, total = residuals
+    out, lse, rows, rest, merged, total = residuals
     d_merged, d_total = grads
-    take = functools.partial(jnp.take, indices=rows, axis=0, mode="clip")
-    is_part = (rows < num_rows) & (lse > -jnp.inf)
-    weights = jnp.where(is_part, jnp.exp(lse - take(total)), 0)
     change = d_total - jnp.sum(d_merged.astype(lse.dtype) * merged, -1)
-    grad = take(d_merged).astype(lse.dtype)
-    d_lse = weights * (jnp.sum(grad * out, -1) + take(change))
-    return (weights[:, None] * grad).astype(out.dtype), d_lse, None, None
+
+    def grads_of(out, lse, is_part, of_part):
+        is_part &= lse > -jnp.inf
+        weights = jnp.where(is_part, jnp.exp(lse - of_part(total)), 0)
+        grad = of_part(d_merged).astype(lse.dtype)
+        d_lse = weights * (jnp.sum(grad * out, -1) + of_part(change))
+        return (weights[:, None] * grad).astype(out.dtype), d_lse
+
+    take = functools.partial(jnp.take, indices=rows, axis=0, mode="clip")
+    of_parts = grads_of(out, lse, rows < num_rows, take)
+    of_rest = None if rest is None else grads_of(*rest, True, lambda x: x)
+    return *of_parts, None, None, of_rest
 
 
 merged_parts.defvjp(_parts_forward, _parts_backward)
