@@ -99,6 +99,7 @@ def moba_attention(
     if choice is None or implementation == "reference":
         out, lse = attend(mask=_mask(choice, cut))
     else:
+        own, own_lse = attend(mask=_mask(None, cut))
         out, lse = routed_attention(
             query,
             key,
@@ -106,7 +107,7 @@ def moba_attention(
             choice,
             cut.blocks,
             block_size=block_size,
-            rest=attend(mask=_mask(None, cut)),
+            rest=(own, own_lse),
             scale=scale,
             implementation=implementation,
             return_residual=True,

@@ -98,10 +98,11 @@ def routed_attention(
     key_len = blocks.ids.shape[1]
     expect(key_len == key.shape[1], "blocks", f"{key.shape[1]} tokens", key_len)
     if rest is not None:
-        rest = tuple(jnp.asarray(x) for x in rest)
+        out, lse = (jnp.asarray(x) for x in rest)
         shape = (*query.shape[:3], value.shape[3])
-        expect_shape("rest's output", rest[0], shape)
-        expect_shape("rest's log-sum-exp", rest[1], shape[:3])
+        expect_shape("rest's output", out, shape)
+        expect_shape("rest's log-sum-exp", lse, shape[:3])
+        rest = out, lse
     if implementation == "reference":
         found = dot_product_attention(
             query,
