@@ -69,6 +69,14 @@ def test_routed_matches_the_reference(segment_ids):
     assert_matches(moba("xla", **options), moba("reference", **options), ARRAYS)
 
 
+def test_heads_in_turn_are_merged_with_their_own_blocks(monkeypatch):
+    grads = lambda fn: jax.jit(jax.grad(lambda *x: (fn(*x) ** 2).sum(), (0, 1, 2)))
+    want = grads(moba("xla"))(*ARRAYS)
+    monkeypatch.setattr("attnx.select.routed._PAIRS", 1)
+    got = grads(moba("xla"))(*ARRAYS)
+    chex.assert_trees_all_close(got, want, atol=2e-5)
+
+
 @pytest.mark.parametrize("block_size", [4, 64])
 def test_all_blocks_are_causal_attention(block_size):
     got = jax.jit(moba("xla", block_size=block_size, top_k=8))(*ARRAYS)

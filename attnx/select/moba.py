@@ -20,7 +20,7 @@ from attnx.select.choice import Choice
 from attnx.select.chosen import Chosen
 from attnx.select.routed import routed_attention
 from attnx.select.top_k import top_k_pooled_blocks
-from attnx.softmax import KernelConfig, dot_product_attention, merge_attention
+from attnx.softmax import KernelConfig, dot_product_attention
 from attnx.softmax.engine import check_arrays
 from attnx.softmax.mask import Mask
 from attnx.softmax.masks import Causal, Offset, Segments
@@ -99,19 +99,19 @@ def moba_attention(
     if choice is None or implementation == "reference":
         out, lse = attend(mask=_mask(choice, cut))
     else:
-        out, lse = attend(mask=_mask(None, cut))
-        more, more_lse = routed_attention(
+        own, own_lse = attend(mask=_mask(None, cut))
+        out, lse = routed_attention(
             query,
             key,
             value,
             choice,
             cut.blocks,
             block_size=block_size,
+            rest=(own, own_lse),
             scale=scale,
             implementation=implementation,
             return_residual=True,
         )
-        out, lse = merge_attention((out, more), (lse, more_lse))
     return (out, lse) if return_residual else out
 
 

@@ -1,7 +1,4 @@
-"""Queries gathered by the block they chose, and their parts merged again.
-
-For one row of a batch and one head; `jax.vmap` maps over the rest.
-"""
+"""Queries gathered by the block they chose, and their parts merged again."""
 
 from __future__ import annotations
 
@@ -10,18 +7,36 @@ import functools
 import jax
 import jax.numpy as jnp
 
+# Parts of a row that are read in one pass over all rows.
+_AT_ONCE = 16
+
 
 def plan_tiles(rows, blocks, *, num_rows, count, tile):
-    """Sorts pairs by block and fills tiles with the rows of one block each.
+    """Sorts the pairs of `[B, N, P]` by block and fills tiles with rows of one each.
 
     Returns:
       The row in each place of the tiles, `num_rows` where none; the place of each pair,
       the number of places where none; which block each tile attends to; and whether
       it is in use, 0 or 1.
     """
+    fill = functools.partial(_fill_tiles, num_rows=num_rows, count=count, tile=tile)
+    order = jax.vmap(functools.partial(_order, count=count))(blocks)
+    return jax.vmap(jax.vmap(fill))(rows, blocks, order)
+
+
+def _order(blocks, *, count):
+    """What sorts each list of `[N, P]`, stably."""
+    lists, pairs = blocks.shape
+    # As one list: the device sorts one long list faster than many short ones.
+    dtype = jnp.uint16 if lists * (count + 1) <= 1 << 16 else jnp.int32
+    each = jnp.arange(lists, dtype=jnp.int32)[:, None]
+    number = (blocks + each * (count + 1)).astype(dtype)
+    order = jnp.argsort(number.reshape(-1), stable=True).astype(jnp.int32)
+    return order.reshape(lists, pairs) - each * pairs
+
+
+def _fill_tiles(rows, blocks, order, *, num_rows, count, tile):
     pairs = rows.shape[0]
-    dtype = jnp.uint16 if count < 1 << 16 else jnp.int32
-    order = jnp.argsort(blocks.astype(dtype), stable=True).astype(jnp.int32)
     ordered = blocks[order]
     sizes = _run_lengths(ordered, count)
     first = jnp.cumsum(sizes) - sizes
@@ -76,11 +91,12 @@ def _rows_forward(per_row, num_rows, x, rows, place):
 def _rows_backward(per_row, num_rows, residuals, grads):
     rows, place = residuals
     if per_row is None:
-        dtype = jnp.promote_types(grads.dtype, jnp.float32)
-        total = jax.ops.segment_sum(grads.astype(dtype), rows, num_rows)
+        add = lambda total, places: total + sum(_parts(grads, places))
+        zero = jnp.zeros_like(grads[:1], jnp.promote_types(grads.dtype, jnp.float32))
+        zero = jnp.broadcast_to(zero, (num_rows, grads.shape[1]))
+        total = _by_row(rows, num_rows, add, zero)
     else:
-        parts = _parts(grads, place, per_row)
-        total = sum(part for _, part in parts)
+        total = sum(_parts(grads, place.reshape(num_rows, per_row)))
     return total.astype(grads.dtype), None, None
 
 
@@ -88,54 +104,86 @@ gathered_rows.defvjp(_rows_forward, _rows_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def merged_parts(per_row, num_rows, out, lse, rows, place):
-    """Merges the parts `[M, V]`, `[M]` of each row, as `merge_attention` would."""
+def merged_parts(per_row, num_rows, out, lse, rows, place, rest):
+    """Merges the parts `[M, V]`, `[M]` of each row, as `merge_attention` would.
+
+    `rest` is one more part of every row, `[T, V]` and `[T]`, or None.
+    """
+
+    def merge(state, places):
+        peak, total, merged = state
+        each = jnp.take(lse, places, mode="fill", fill_value=-jnp.inf)
+        new_peak = jnp.maximum(peak, each.max(1))
+        base = jnp.where(jnp.isfinite(new_peak), new_peak, 0)
+        before, weights = jnp.exp(peak - base), jnp.exp(each - base[:, None])
+        merged = before[:, None] * merged
+        for j, part in enumerate(_parts(out, places)):
+            merged += weights[:, j, None] * part
+        return new_peak, before * total + weights.sum(1), merged
+
+    if rest is None:
+        rest = jnp.zeros_like(out[:1]), jnp.full_like(lse[:1], -jnp.inf)
+    peak = jnp.broadcast_to(rest[1], num_rows)
+    merged = jnp.broadcast_to(rest[0].astype(lse.dtype), (num_rows, out.shape[1]))
+    state = peak, jnp.exp(jnp.where(peak > -jnp.inf, 0, peak)), merged
     if per_row is None:
-        total_of = functools.partial(jax.ops.segment_sum, num_segments=num_rows)
-        peak = jax.ops.segment_max(lse, rows, num_rows)
-        peak = jnp.where(jnp.isfinite(peak), peak, 0)
-        weights = jnp.exp(lse - jnp.take(peak, rows, mode="clip"))
-        total = total_of(weights, rows)
-        merged = total_of(weights[:, None] * out.astype(lse.dtype), rows)
+        state = _by_row(rows, num_rows, merge, state)
     else:
-        each = jnp.take(lse, place, mode="fill", fill_value=-jnp.inf)
-        each = each.reshape(num_rows, per_row)
-        peak = each.max(1)
-        peak = jnp.where(jnp.isfinite(peak), peak, 0)
-        weights = jnp.exp(each - peak[:, None])
-        total = weights.sum(1)
-        parts = _parts(out, place, per_row)
-        merged = sum(weights[:, j, None] * part for j, part in parts)
+        state = merge(state, place.reshape(num_rows, per_row))
+    peak, total, merged = state
     empty = total == 0
     total = jnp.where(empty, 1, total)
     merged = (merged / total[:, None]).astype(out.dtype)
     return merged, jnp.where(empty, -jnp.inf, peak + jnp.log(total))
 
 
-def _parts_forward(per_row, num_rows, out, lse, rows, place):
-    merged, total = merged_parts(per_row, num_rows, out, lse, rows, place)
-    return (merged, total), (out, lse, rows, merged, total)
+def _parts_forward(per_row, num_rows, out, lse, rows, place, rest):
+    merged, total = merged_parts(per_row, num_rows, out, lse, rows, place, rest)
+    return (merged, total), (out, lse, rows, rest, merged, total)
 
 
 def _parts_backward(per_row, num_rows, residuals, grads):
-    out, lse, rows, merged, total = residuals
+    out, lse, rows, rest, merged, total = residuals
     d_merged, d_total = grads
-    take = functools.partial(jnp.take, indices=rows, axis=0, mode="clip")
-    is_part = (rows < num_rows) & (lse > -jnp.inf)
-    weights = jnp.where(is_part, jnp.exp(lse - take(total)), 0)
     change = d_total - jnp.sum(d_merged.astype(lse.dtype) * merged, -1)
-    grad = take(d_merged).astype(lse.dtype)
-    d_lse = weights * (jnp.sum(grad * out, -1) + take(change))
-    return (weights[:, None] * grad).astype(out.dtype), d_lse, None, None
+
+    def grads_of(out, lse, is_part, of_part):
+        is_part &= lse > -jnp.inf
+        weights = jnp.where(is_part, jnp.exp(lse - of_part(total)), 0)
+        grad = of_part(d_merged).astype(lse.dtype)
+        d_lse = weights * (jnp.sum(grad * out, -1) + of_part(change))
+        return (weights[:, None] * grad).astype(out.dtype), d_lse
+
+    take = functools.partial(jnp.take, indices=rows, axis=0, mode="clip")
+    of_parts = grads_of(out, lse, rows < num_rows, take)
+    of_rest = None if rest is None else grads_of(*rest, True, lambda x: x)
+    return *of_parts, None, None, of_rest
 
 
 merged_parts.defvjp(_parts_forward, _parts_backward)
 
 
-def _parts(x, place, per_row):
-    """Each row's parts in turn, 0 where it has fewer: (j, float32 `[T, V]`)."""
-    place = place.reshape(-1, per_row)
+def _by_row(rows, num_rows, body, state):
+    """`body(state, places)`, until it had the places of all the parts of each row.
+
+    `places` are some of each row's, `[T, n]`: past the end where it has fewer.
+    """
+    order = jnp.argsort(rows, stable=True).astype(jnp.int32)
+    sizes = _run_lengths(rows[order], num_rows)
+    first = jnp.cumsum(sizes) - sizes
+
+    def step(i, state):
+        number = i * _AT_ONCE + jnp.arange(_AT_ONCE)
+        places = jnp.take(order, first[:, None] + number, mode="clip")
+        places = jnp.where(number < sizes[:, None], places, rows.shape[0])
+        return body(state, places)
+
+    return jax.lax.fori_loop(0, -(-sizes.max() // _AT_ONCE), step, state)
+
+
+def _parts(x, places):
+    """What `[M, V]` has in each column of `[T, n]` places, in float32; else 0."""
     dtype = jnp.promote_types(x.dtype, jnp.float32)
-    for j in range(per_row):
-        part = jnp.take(x, place[:, j], 0, mode="fill", fill_value=0)
-        yield j, part.astype(dtype)
+    for place in places.T:
+        part = jnp.take(x, place, 0, mode="fill", fill_value=0)
+        yield part.astype(dtype)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnx._checks import expect
+from attnx._checks import expect, expect_shape
 from attnx.select.blocks import Blocks, check_block_size, in_blocks
 from attnx.select.choice import Choice
 from attnx.select.chosen import Chosen
@@ -30,6 +30,7 @@ from attnx.softmax import (
 from attnx.softmax.engine import check_arrays
 from attnx.softmax.mask import Mask, mask_class
 from attnx.softmax.masks import Full
+from attnx.softmax.merge import merge_attention
 
 # Queries of a tile at most: what kernels take.
 _TILE = 128
@@ -45,6 +46,7 @@ def routed_attention(
     blocks: Blocks,
     *,
     block_size: int,
+    rest: tuple[jax.Array, jax.Array] | None = None,
     scale: float | jax.Array | None = None,
     implementation: str | KernelConfig | None = None,
     return_residual: bool = False,
@@ -62,13 +64,16 @@ def routed_attention(
       choice: of T rows a head, such as `top_k_blocks` gives.
       blocks: the cut of the S keys; a block is a run of tokens, `block_size` at most.
       block_size: tokens of the longest block.
+      rest: output and log-sum-exp of attention to other keys, `[B, T, N, V]` and
+        `[B, T, N]`, to merge with as `merge_attention` does, in the same pass.
       scale: factor on the scores, by default `H ** -0.5`.
       implementation: of the attention in each block, as in `dot_product_attention`;
         "reference" is the mask above over all pairs.
       return_residual: also return the log-sum-exp.
 
     Returns:
-      As `dot_product_attention`: a query that chose nothing gives 0 and -inf.
+      As `dot_product_attention`: a query that chose nothing, and has no `rest`, gives 0
+      and -inf.
 
     Raises:
       ValueError: shapes that do not fit.
@@ -92,16 +97,24 @@ def routed_attention(
     expect(choice.grid == grid, "choice", f"the grid {grid}", choice.grid)
     key_len = blocks.ids.shape[1]
     expect(key_len == key.shape[1], "blocks", f"{key.shape[1]} tokens", key_len)
+    if rest is not None:
+        out, lse = (jnp.asarray(x) for x in rest)
+        shape = (*query.shape[:3], value.shape[3])
+        expect_shape("rest's output", out, shape)
+        expect_shape("rest's log-sum-exp", lse, shape[:3])
+        rest = out, lse
     if implementation == "reference":
-        return dot_product_attention(
+        found = dot_product_attention(
             query,
             key,
             value,
             mask=Chosen(choice.to_tiles(), blocks.ids),
             scale=scale,
             implementation="reference",
-            return_residual=return_residual,
+            return_residual=True,
         )
+        out, lse = _merge(rest, found)
+        return (out, lse) if return_residual else out
 
     if not isinstance(scale, int | float | None):
         # A traced scale has a gradient, which the query's gives.
@@ -113,31 +126,39 @@ def routed_attention(
         scale=scale,
         implementation=implementation,
     )
+    plan = functools.partial(plan_tiles, tile=min(_TILE, block_size))
     if choice.rows.shape[1] < heads:
-        out, lse = _as_one_head(attend, query, key, value, choice, blocks)
+        found = _as_one_head(attend, plan, query, key, value, choice, blocks)
+        out, lse = _merge(rest, found)
     else:
-        lists = choice.rows, choice.blocks
-        out, lse = _by_heads(attend, query, key, value, lists, blocks)
+        lists = plan(choice.rows, choice.blocks, num_rows=length, count=blocks.count)
+        arrays = (query, key, value, *(rest or ()))
+        pairs = choice.rows.shape[-1]
+        out, lse = _by_heads(attend, arrays, pairs, lists, blocks)
     return (out, lse) if return_residual else out
 
 
-def _by_heads(attend, query, key, value, lists, blocks):
+def _merge(rest, found):
+    return found if rest is None else merge_attention(*zip(rest, found, strict=True))
+
+
+def _by_heads(attend, arrays, pairs, lists, blocks):
     """`attend` on so many heads at a time as memory should hold the parts of."""
-    batch, _, heads, _ = query.shape
-    key_heads = key.shape[2]
+    batch, _, heads, _ = arrays[0].shape
+    key_heads = arrays[1].shape[2]
     group = heads // key_heads
-    pairs = lists[0].shape[-1] * batch * group
+    pairs *= batch * group
     at_once = max(
         n
         for n in range(1, key_heads + 1)
         if key_heads % n == 0 and (n == 1 or n * pairs <= _PAIRS)
     )
     if at_once == key_heads:
-        return attend(query, key, value, *lists, blocks)
+        return attend(*arrays, lists=lists, blocks=blocks)
     # A cut that is known stays so: it is no argument of the program then.
     known = blocks if isinstance(blocks.ids, np.ndarray) else None
     turns = _Turns(attend, key_heads // at_once, known)
-    return _in_turn(turns, query, key, value, lists, None if known else blocks)
+    return _in_turn(turns, arrays, lists, None if known else blocks)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -158,7 +179,7 @@ class _Turns:
 
         def step(i, carry):
             chosen = [part(x, i, 1) for x in lists]
-            attend = lambda *heads: self.attend(*heads, *chosen, blocks)
+            attend = functools.partial(self.attend, lists=chosen, blocks=blocks)
             found = body([part(x, i, 2) for x in arrays], attend)
             write = jax.lax.dynamic_update_slice_in_dim
             return tuple(
@@ -170,13 +191,16 @@ class _Turns:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _in_turn(turns, query, key, value, lists, blocks):
-    # Made from the query, so as to be laid out over devices as it is.
-    zero = jnp.zeros_like(query[..., :1])
-    out = jnp.broadcast_to(zero, (*zero.shape[:-1], value.shape[-1]))
-    lse = zero[..., 0].astype(jnp.promote_types(query.dtype, jnp.float32))
-    run = lambda heads, attend: attend(*heads)
-    return turns.run(run, (out, lse), (query, key, value), lists, blocks)
+def _in_turn(turns, arrays, lists, blocks):
+    query, _, value, *rest = arrays
+    if not rest:
+        # Made from the query, so as to be laid out over devices as it is.
+        zero = jnp.zeros_like(query[..., :1])
+        out = jnp.broadcast_to(zero, (*zero.shape[:-1], value.shape[-1]))
+        lse = zero[..., 0].astype(jnp.promote_types(query.dtype, jnp.float32))
+        rest = out, lse
+    # A step writes over what it merges with.
+    return turns.run(lambda heads, attend: attend(*heads), rest, arrays, lists, blocks)
 
 
 def _in_turn_forward(turns, *operands):
@@ -185,21 +209,21 @@ def _in_turn_forward(turns, *operands):
 
 def _in_turn_backward(turns, operands, grads):
     """Attends again, a step's heads at a time: parts are not kept."""
-    query, key, value, lists, blocks = operands
+    arrays, lists, blocks = operands
+    count = len(arrays)
 
     def run(heads, attend):
-        return jax.vjp(attend, *heads[:3])[1](tuple(heads[3:]))
+        return jax.vjp(attend, *heads[:count])[1](tuple(heads[count:]))
 
-    arrays = query, key, value
     carry = map(jnp.zeros_like, arrays)
     found = turns.run(run, carry, (*arrays, *grads), lists, blocks)
-    return *found, None, None
+    return found, None, None
 
 
 _in_turn.defvjp(_in_turn_forward, _in_turn_backward)
 
 
-def _as_one_head(attend, query, key, value, choice, blocks):
+def _as_one_head(attend, plan, query, key, value, choice, blocks):
     """`attend` where one list serves all heads: they follow each other as one."""
     _, length, heads, _ = query.shape
     key_heads, count = key.shape[2], blocks.count
@@ -212,7 +236,9 @@ def _as_one_head(attend, query, key, value, choice, blocks):
     every = Blocks(ids.reshape(len(ids), -1), key_heads * count)
     chosen = jnp.where(choice.blocks < count, head * count + choice.blocks, every.count)
     query, key, value = (_fold(x) for x in (query, key, value))
-    out, lse = attend(query, key, value, choice.rows, chosen, every)
+    rows = query.shape[1]
+    lists = plan(choice.rows, chosen, num_rows=rows, count=every.count)
+    out, lse = attend(query, key, value, lists=lists, blocks=every)
     return _unfold(out, length), _unfold(lse, length)
 
 
@@ -220,16 +246,15 @@ def _attend(
     query,
     key,
     value,
-    rows,
-    chosen,
+    *rest,
+    lists,
     blocks,
-    *,
     block_size,
     per_row,
     scale,
     implementation,
 ):
-    """Attention of `[B, T, N, H]` by lists `[B, N, P]` of rows and blocks."""
+    """Attention of `[B, T, N, H]` by the lists of `plan_tiles`, merged with `rest`."""
     batch, length = query.shape[:2]
     count = blocks.count
     # Longer blocks are visited in steps, of which only the last needs a predicate.
@@ -241,9 +266,7 @@ def _attend(
     if not isinstance(sizes, np.ndarray) or (sizes % step).any():
         mask = _Inside(jnp.asarray(sizes), steps * step)
 
-    tile = min(_TILE, block_size)
-    plan = functools.partial(plan_tiles, num_rows=length, count=count, tile=tile)
-    rows, place, block, used = jax.vmap(jax.vmap(plan))(rows, chosen)
+    rows, place, block, used = lists
     gather = functools.partial(gathered_rows, per_row, length)
     gathered = jax.vmap(jax.vmap(gather, (1, 0, 0), 1))(query, rows, place)
     size = jnp.take_along_axis(
@@ -263,14 +286,15 @@ def _attend(
             Full() if mask is None else mask,
             query_len=gathered.shape[1],
             key_len=key.shape[1],
-            block_size=(tile, step),
+            block_size=(rows.shape[2] // block.shape[2], step),
         ),
         scale=scale,
         implementation=implementation,
         return_residual=True,
     )
     merge = functools.partial(merged_parts, per_row, length)
-    return jax.vmap(jax.vmap(merge, (1, 1, 0, 0), 1))(out, lse, rows, place)
+    rest = tuple(rest) or None
+    return jax.vmap(jax.vmap(merge, (1, 1, 0, 0, 1), 1))(out, lse, rows, place, rest)
 
 
 def _cut(x, blocks, block_size, size):
