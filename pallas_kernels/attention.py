@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import mosaic
+from pallas_kernels import rows as gathering
 from pallas_kernels.masking import ROWS, Lists, Masking, Sees, Visits
 from pallas_kernels.mosaic import LOG2E, ROW, TILE
 
@@ -30,6 +31,7 @@ def attention(
     value: jax.Array,
     lists: Lists,
     looked_up: list[jax.Array],
+    rows: jax.Array | None,
     masking: Masking,
     *,
     scale: float,
@@ -47,6 +49,9 @@ def attention(
       value: `[B, S, K, V]`.
       lists: the key blocks of each query block.
       looked_up: the arrays of `predicate.trace`.
+      rows: int32 `[B or 1, N, M]`, M a multiple of the queries of a tile: which query
+        is in each place of the tiles, a number past the last if any will do. Then M
+        takes the place of T in all but the query. By default they are as they come.
       masking: the blocks' sizes and the predicate.
       scale: positive factor on the scores.
       key_tile: keys of one step, a divisor of `masking.key_block`.
@@ -63,6 +68,10 @@ def attention(
     group = heads // key.shape[2]
     dtype = query.dtype
     tile = warpgroups * ROWS
+    if rows is not None:
+        query_len = rows.shape[2]
+        rows = rows.reshape(len(rows), heads, -1, tile)
+    given = () if rows is None else (rows,)
     shape = (ROWS, key_tile)
     taking_turns = warpgroups > 1
     split = masking.key_block // key_tile
@@ -74,9 +83,10 @@ def attention(
 
     def body(*refs):
         q_g, k_g, v_g, *lists_g = refs[:6]
-        looked_up_g = refs[6 : 6 + len(looked_up)]
-        out_g, lse_g, q_s, k_s, v_s, out_s, lse_s, *barriers = refs[
-            6 + len(looked_up) :
+        count = 6 + len(looked_up)
+        looked_up_g, rows_g = refs[6:count], refs[count : count + len(given)]
+        [out_g, lse_g, q_s, k_s, v_s, out_s, lse_s, rows_s, *barriers] = refs[
+            count + len(given) :
         ]
         q_full, q_free, k_full, v_full, k_free, v_free = barriers
         me, wg = lax.axis_index("block"), lax.axis_index("wg")
@@ -122,8 +132,18 @@ def attention(
                 registers = 240 if warpgroups == 2 else 160
                 plgpu.set_max_registers(registers, action="increase")
             pl.when(wg == warpgroups - 1)(lambda: give_turn(0))
+            if rows is not None:
+                plgpu.barrier_wait(q_full.at[0])
+                gather(0)
             each_tile(consume_tile)
             plgpu.wait_smem_to_gmem(0)
+
+        def gather(t):
+            own = pl.ds(wg * ROWS, ROWS)
+            buffer = lax.rem(jnp.int32(t), jnp.int32(buffers))
+            b, h, _ = place_of(t)
+            queries = q_g.at[b, :, h]
+            gathering.gather(queries, rows_s.at[t, own], q_s.at[buffer, own])
 
         def wait_turn():
             if taking_turns:
@@ -206,14 +226,20 @@ def attention(
             if tiles > 1:
                 partial = jnp.minimum(partial, steps)
             some = jnp.minimum(steps, 1)
-            plgpu.barrier_wait(q_full.at[buffer])
+            if rows is None:
+                plgpu.barrier_wait(q_full.at[buffer])
+            else:
+                gathering.wait()
             if tiles > 1:
                 # By now the output of the tile before has left its place.
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                if rows is None:
 
-                @pl.when((t > 0) & (t + 1 < tiles))
-                def _():
-                    plgpu.barrier_arrive(q_free.at[1 - buffer])
+                    @pl.when((t > 0) & (t + 1 < tiles))
+                    def _():
+                        plgpu.barrier_arrive(q_free.at[1 - buffer])
+                else:
+                    pl.when(t + 1 < tiles)(lambda: gather(t + 1))
 
             # In full blocks the predicate holds: the first step can always ask it.
             carry = lax.fori_loop(
@@ -257,6 +283,14 @@ def attention(
             if taking_turns:
                 plgpu.set_max_registers(24, action="decrease")
 
+            def fetch_rows():
+                [numbers] = rows_g
+                for t in range(tiles):
+                    b, h, start = place_of(t)
+                    b = 0 if numbers.shape[0] == 1 else b
+                    own = numbers.at[b, h, lax.div(start, jnp.int32(tile))]
+                    plgpu.copy_gmem_to_smem(own, rows_s.at[t], q_full.at[0])
+
             def fetch(t):
                 b, h, start = place_of(t)
                 buffer = lax.rem(jnp.int32(t), jnp.int32(buffers)) if tiles > 1 else 0
@@ -292,7 +326,7 @@ def attention(
                     pl.when(j < steps)(lambda: copy(j, k_g, k_s, k_full, k_free))
                     pl.when(j > 0)(lambda: copy(j - 1, v_g, v_s, v_full, v_free))
 
-                if tiles > 1:
+                if tiles > 1 and rows is None:
 
                     @pl.when(t + 1 < tiles)
                     def _():
@@ -305,7 +339,7 @@ def attention(
 
             @mosaic.by_one_warp
             def _():
-                fetch(0)
+                fetch_rows() if rows is not None else fetch(0)
                 if tiles == 1:
                     total = produce_tile(0, 0)
                 else:
@@ -325,7 +359,7 @@ def attention(
     alone = head_size == value_size
     return mosaic.call(
         body,
-        (query, key, value, *lists, *looked_up),
+        (query, key, value, *lists, *looked_up, *given),
         (
             jax.ShapeDtypeStruct((batch, query_len, heads, value_size), dtype),
             jax.ShapeDtypeStruct((batch, heads, query_len), jnp.float32),
@@ -336,7 +370,8 @@ def attention(
             mosaic.tiled((stages, key_tile, value_size), dtype),
             None if alone else mosaic.tiled((buffers, tile, value_size), dtype),
             plgpu.SMEM((buffers, warpgroups, ROWS), jnp.float32),
-            queries(num_arrivals=warpgroups),
+            None if rows is None else plgpu.SMEM((tiles, tile), jnp.int32),
+            queries(num_arrivals=warpgroups if rows is None else tiles),
             queries(num_arrivals=warpgroups),
             slots(),
             slots(),

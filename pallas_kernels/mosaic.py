@@ -248,7 +248,7 @@ def overlapped(first, second, *, issued, meanwhile):
         return acc, meanwhile(product)
 
     @plgpu.inline_mgpu(
-        arg_types=(*map(_ref_type, (a, b, d)), TILE, TILE),
+        arg_types=(*map(ref_type, (a, b, d)), TILE, TILE),
         return_type=(
             plgpu.ShapeDtypeStruct((a.shape[0], b.shape[0]), jnp.float32, TILE),
             plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, TILE),
@@ -394,7 +394,7 @@ class _Transposed(NamedTuple):
     ref: Any
 
 
-def _ref_type(ref):
+def ref_type(ref):
     """How `inline_mgpu` is to hand over shared memory made by `tiled`."""
     base = ref
     while hasattr(base, "ref"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -76,6 +77,32 @@ def _run_lengths(ordered, count):
     first = first.at[number].set(index, mode="drop", unique_indices=True)
     # A number that does not come begins where the next one does.
     return jnp.diff(jax.lax.cummin(first, reverse=True))
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("index", "place"),
+    meta_fields=("per_row",),
+)
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The rows in the places of `plan_tiles`, for the engine.
+
+    Attributes:
+      index: int32 `[B, N, M]`, the row in each place.
+      place: int32 `[B, N, P]`, the place of each pair.
+      per_row: pairs of each row, one after the other, or None where that varies.
+    """
+
+    index: jax.Array
+    place: jax.Array
+    per_row: int | None
+
+    def take(self, query: jax.Array) -> jax.Array:
+        """The rows `[B, M, N, H]` of `[B, T, N, H]`."""
+        gather = functools.partial(gathered_rows, self.per_row, query.shape[1])
+        gather = jax.vmap(jax.vmap(gather, (1, 0, 0), 1))
+        return gather(query, self.index, self.place)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -20,14 +20,13 @@ from attnx._checks import expect, expect_shape
 from attnx.select.blocks import Blocks, check_block_size, in_blocks
 from attnx.select.choice import Choice
 from attnx.select.chosen import Chosen
-from attnx.select.parts import gathered_rows, merged_parts, plan_tiles
+from attnx.select.parts import Rows, merged_parts, plan_tiles
 from attnx.softmax import (
     BlockMask,
     KernelConfig,
-    block_sparse_attention,
     dot_product_attention,
 )
-from attnx.softmax.engine import check_arrays
+from attnx.softmax.engine import attend, check_arrays
 from attnx.softmax.mask import Mask, mask_class
 from attnx.softmax.masks import Full
 from attnx.softmax.merge import merge_attention
@@ -119,7 +118,7 @@ def routed_attention(
     if not isinstance(scale, int | float | None):
         # A traced scale has a gradient, which the query's gives.
         query, scale = query * jnp.asarray(scale, query.dtype), 1.0
-    attend = functools.partial(
+    attend_heads = functools.partial(
         _attend,
         block_size=block_size,
         per_row=None if choice.rows.shape[1] < heads else choice.per_row,
@@ -128,13 +127,13 @@ def routed_attention(
     )
     plan = functools.partial(plan_tiles, tile=min(_TILE, block_size))
     if choice.rows.shape[1] < heads:
-        found = _as_one_head(attend, plan, query, key, value, choice, blocks)
+        found = _as_one_head(attend_heads, plan, query, key, value, choice, blocks)
         out, lse = _merge(rest, found)
     else:
         lists = plan(choice.rows, choice.blocks, num_rows=length, count=blocks.count)
         arrays = (query, key, value, *(rest or ()))
         pairs = choice.rows.shape[-1]
-        out, lse = _by_heads(attend, arrays, pairs, lists, blocks)
+        out, lse = _by_heads(attend_heads, arrays, pairs, lists, blocks)
     return (out, lse) if return_residual else out
 
 
@@ -267,30 +266,30 @@ def _attend(
         mask = _Inside(jnp.asarray(sizes), steps * step)
 
     rows, place, block, used = lists
-    gather = functools.partial(gathered_rows, per_row, length)
-    gathered = jax.vmap(jax.vmap(gather, (1, 0, 0), 1))(query, rows, place)
     size = jnp.take_along_axis(
         jnp.broadcast_to(jnp.asarray(sizes)[:, None], (batch, 1, count)), block, 2
     )
     is_short = (size % step > 0).astype(jnp.int32)
     order = jnp.arange(steps) - is_short[..., None]
     order = jnp.where(order < 0, (size // step)[..., None], order)
-    out, lse = block_sparse_attention(
-        gathered,
+    out, lse = attend(
+        "routed_attention",
+        query,
         key,
         value,
-        BlockMask(
+        None,
+        mask=BlockMask(
             jnp.minimum(block[..., None] * steps + order, count * steps - 1),
             used * (size // step + is_short),
             used * is_short,
             Full() if mask is None else mask,
-            query_len=gathered.shape[1],
+            query_len=rows.shape[2],
             key_len=key.shape[1],
             block_size=(rows.shape[2] // block.shape[2], step),
         ),
         scale=scale,
         implementation=implementation,
-        return_residual=True,
+        rows=Rows(rows, place, per_row),
     )
     merge = functools.partial(merged_parts, per_row, length)
     rest = tuple(rest) or None

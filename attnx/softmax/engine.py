@@ -14,7 +14,7 @@ from attnx._dispatch import dispatch
 from attnx.softmax import pallas, pallas_decode, reference, xla
 from attnx.softmax.block_mask import BlockMask
 from attnx.softmax.mask import Mask
-from attnx.softmax.pallas import KernelConfig
+from attnx.softmax.pallas import KernelConfig, Rows
 from attnx.softmax.tile_order import TileOrder
 
 
@@ -31,6 +31,7 @@ def attend(
     lists: Callable[[], BlockMask] | None = None,
     orders: Mapping[str, TileOrder] | None = None,
     decodes: bool = False,
+    rows: Rows | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs the engine on checked arrays: what every softmax mechanism comes to.
 
@@ -47,14 +48,18 @@ def attend(
       orders: the order of tokens that an implementation wants, by name, if not as they
         come.
       decodes: few queries and a `Mask`; the GPU has a way of its own for these.
+      rows: the rows of the query that attend, in the order of the mask's queries, if
+        not all as they come.
 
     Returns:
       The output `[B, T, N, V]` and the log-sum-exp `[B, T, N]`.
     """
     batch, query_len, heads, head_size = query.shape
+    if rows is not None:
+        query_len = rows.index.shape[2]
     key_len = key.shape[1]
     if isinstance(mask, BlockMask):
-        check_lists(mask, query, key)
+        check_lists(mask, (batch, query_len, heads), key)
     if scale is None:
         scale = head_size**-0.5
     elif not isinstance(scale, int | float):
@@ -79,7 +84,14 @@ def attend(
             heads=heads,
         )
 
-    def by_xla(query, key, value, bias):
+    def by_reference(query, key, value, bias, rows):
+        query = query if rows is None else rows.take(query)
+        return reference.attention(
+            query, key, value, bias, mask=mask, scale=float(scale)
+        )
+
+    def by_xla(query, key, value, bias, rows):
+        query = query if rows is None else rows.take(query)
         if orders is not None:
             order = orders["xla"]
             run = functools.partial(xla.attention, bias=None, scale=float(scale))
@@ -89,7 +101,7 @@ def attend(
             query, key, value, bias, block_mask=block_mask(sizes), scale=float(scale)
         )
 
-    def by_pallas(query, key, value, bias):
+    def by_pallas(query, key, value, bias, rows):
         if decodes and isinstance(mask, Mask):
             return pallas_decode.attention(
                 query, key, value, mask=mask, scale=float(scale)
@@ -108,15 +120,20 @@ def attend(
         size, grad_size = pallas.block_sizes(query, value, config)
         blocks = block_mask(size)
         grad_blocks = blocks if size == grad_size else block_mask(grad_size)
-        return run(query, key, value, block_mask=blocks, grad_block_mask=grad_blocks)
+        return run(
+            query,
+            key,
+            value,
+            block_mask=blocks,
+            grad_block_mask=grad_blocks,
+            rows=rows,
+        )
 
     return dispatch(
         mechanism,
         implementation,
         {
-            "reference": functools.partial(
-                reference.attention, mask=mask, scale=float(scale)
-            ),
+            "reference": by_reference,
             "xla": by_xla,
             "pallas": by_pallas,
         },
@@ -129,6 +146,7 @@ def attend(
         key,
         value,
         bias,
+        rows,
     )
 
 
@@ -138,6 +156,8 @@ def unsupported(
     key: jax.Array,
     value: jax.Array,
     bias: jax.Array | None,
+    rows: Rows | None = None,
+    *,
     mask: Mask | BlockMask,
     decodes: bool = False,
 ) -> str | None:
@@ -178,9 +198,11 @@ def check_arrays(
     return query, key, value, batched
 
 
-def check_lists(lists: BlockMask, query: jax.Array, key: jax.Array) -> None:
-    """Refuses block lists that do not fit the arrays."""
-    batch, query_len, heads, _ = query.shape
+def check_lists(
+    lists: BlockMask, queries: tuple[int, int, int], key: jax.Array
+) -> None:
+    """Refuses block lists that do not fit `[B, T, N]` queries and the keys."""
+    batch, query_len, heads = queries
     key_len, key_heads = key.shape[1:3]
     lengths = (lists.query_len, lists.key_len)
     expect(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,19 @@ _SHORT = 4
 _EVEN = 0.9
 
 
+class Rows(Protocol):
+    """Rows of the query, as a pytree."""
+
+    @property
+    def index(self) -> jax.Array:
+        """`[B or 1, N, M]`: which row is in each place, past the end for none."""
+        ...
+
+    def take(self, query: jax.Array) -> jax.Array:
+        """`[B, T, N, H]` to `[B, M, N, H]`, with a gradient."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class KernelConfig:
     """How the GPU kernels serve a call: pass it as `implementation`.
@@ -61,15 +75,19 @@ def attention(
     grad_block_mask: BlockMask | None = None,
     transposed: Callable[[], Lists] | None = None,
     config: KernelConfig = KernelConfig(),
+    rows: Rows | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attends over the listed blocks, as `reference.attention` over its mask.
 
     The backward walks the blocks of `grad_block_mask`, by default `block_mask`;
     `transposed` makes the lists of queries for each key block where there is a better
-    way than from these.
+    way than from these. With `rows` the lists are for these rows of the query, which
+    the forward kernel gathers itself.
     """
     grad_block_mask = grad_block_mask or block_mask
     batch, query_len, heads, _ = query.shape
+    if rows is not None:
+        query_len = rows.index.shape[2]
     key_len = key.shape[1]
     if scale <= 0:  # The kernels take a row's peak from unscaled scores.
         query, scale = query * jnp.asarray(scale, query.dtype), 1.0
@@ -94,12 +112,14 @@ def attention(
         not is_traced(block_mask.counts)
         and np.mean(block_mask.counts) >= _EVEN * np.max(block_mask.counts),
     )
-    padded = (_pad(query, -query_len % ROWS), _pad(key, key_pad), _pad(value, key_pad))
+    if rows is None:
+        query = _pad(query, -query_len % ROWS)
+    padded = (query, _pad(key, key_pad), _pad(value, key_pad))
     lists, grad_lists = (
         Lists(blocks.indices, blocks.counts, blocks.partial_counts)
         for blocks in (block_mask, grad_block_mask)
     )
-    out, lse = _attention(call, *padded, lists, grad_lists, looked_up)
+    out, lse = _attention(call, *padded, lists, grad_lists, looked_up, rows)
     return out[:, :query_len], lse[:, :query_len]
 
 
@@ -162,14 +182,15 @@ class _Call:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(call, query, key, value, lists, grad_lists, looked_up):
-    return _forward(call, query, key, value, lists, grad_lists, looked_up)[0]
+def _attention(call, query, key, value, lists, grad_lists, looked_up, rows):
+    return _forward(call, query, key, value, lists, grad_lists, looked_up, rows)[0]
 
 
-def _forward(call, query, key, value, lists, grad_lists, looked_up):
+def _forward(call, query, key, value, lists, grad_lists, looked_up, rows):
     small = max(query.shape[-1], value.shape[-1]) <= _NARROW
     divides = call.masking.query_block % (3 * ROWS) == 0
     warpgroups = 3 if small and divides else 2
+    length = query.shape[1] if rows is None else rows.index.shape[2]
     kernel = mappable(
         attention_kernel,
         call.masking,
@@ -177,21 +198,22 @@ def _forward(call, query, key, value, lists, grad_lists, looked_up):
         key_tile=key_tile(query, value),
         stages=3 if small else 2,
         warpgroups=warpgroups,
-        tiles=_tiles_in_turn(query, value, lists, warpgroups * ROWS, call.even),
+        tiles=_tiles_in_turn(query, value, lists, length, warpgroups * ROWS, call.even),
     )
-    out, lse = kernel((query, key, value), (lists, looked_up))
-    residuals = query, key, value, grad_lists, looked_up, out, lse
+    index = None if rows is None else rows.index
+    out, lse = kernel((query, key, value), (lists, looked_up, index))
+    residuals = query, key, value, grad_lists, looked_up, rows, out, lse
     return (out, jnp.swapaxes(lse, 1, 2) / LOG2E), residuals
 
 
-def _tiles_in_turn(query, value, lists, tile, even):
+def _tiles_in_turn(query, value, lists, length, tile, even):
     """Tiles of queries for each block of threads.
 
     A tile is begun while the one before it ends. Even lists leave one block of threads
     for each multiprocessor; others are better balanced by blocks that start as others
     end.
     """
-    batch, length, heads, size = query.shape
+    batch, _, heads, size = query.shape
     if max(size, value.shape[-1]) > _WIDEST_FUSED:
         return 1
     tiles = batch * heads * -(-length // tile)
@@ -206,7 +228,10 @@ def _tiles_in_turn(query, value, lists, tile, even):
 
 
 def _backward(call, residuals, cotangents):
-    query, key, value, lists, looked_up, out, lse = residuals
+    query, key, value, lists, looked_up, rows, out, lse = residuals
+    pull = lambda d_query: (d_query,)
+    if rows is not None:
+        query, pull = jax.vjp(rows.take, query)
     d_out, d_lse = cotangents
     # A score's gradient is p (dp - delta); the log-sum-exp's own adds p d_lse to it.
     delta = jnp.einsum("btnv,btnv->bnt", out, d_out, preferred_element_type=jnp.float32)
@@ -238,7 +263,7 @@ def _backward(call, residuals, cotangents):
             visited = lists if by == "query" else by_key
             grads.append(kernel(arrays, (visited, looked_up)))
         d_query, d_key, d_value = grads
-        return d_query[:, :query_len], d_key, d_value, None, None, None
+        return *pull(d_query[:, :query_len]), d_key, d_value, None, None, None, None
     kernel = mappable(
         grad_kernel,
         call.grad_masking,
@@ -248,7 +273,7 @@ def _backward(call, residuals, cotangents):
     )
     d_query, d_key, d_value = kernel(arrays, (by_key, looked_up))
     d_key, d_value = sum_of_groups(d_key, key), sum_of_groups(d_value, value)
-    return d_query[:, :query_len], d_key, d_value, None, None, None
+    return *pull(d_query[:, :query_len]), d_key, d_value, None, None, None, None
 
 
 _attention.defvjp(_forward, _backward)

@@ -1,0 +1,62 @@
+"""Queries that the attention kernel gathers, in Pallas' interpreter."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import normal, relative_rms
+
+from attnx import select
+from attnx.softmax import pallas
+from pallas_kernels import mosaic
+
+T, S, BLOCK = 300, 384, 128
+
+
+def routed(query, key, value, implementation, scope="head"):
+    blocks = select.Blocks.regular(S, BLOCK)
+    scores = select.block_scores(query, select.pool_mean(key, blocks))
+    return select.routed_attention(
+        query,
+        key,
+        value,
+        select.top_k_blocks(scores, 2, scope=scope),
+        blocks,
+        block_size=BLOCK,
+        implementation=implementation,
+        return_residual=True,
+    )
+
+
+@pytest.mark.parametrize("tiles", [1, 2])
+def test_rows_of_each_block_are_gathered(tiles, monkeypatch):
+    monkeypatch.setattr(pallas, "_tiles_in_turn", lambda *_: tiles)
+    args = normal(0, (1, T, 2, 32), (1, S, 1, 32), (1, S, 1, 32), dtype="bfloat16")
+    with mosaic.interpret():
+        got = jax.jit(functools.partial(routed, implementation="pallas"))(*args)
+    # Float32 values of the same inputs, so that both choose the same blocks.
+    wide = [x.astype(jnp.float32) for x in args]
+    want = routed(*wide, implementation="reference")
+    np.testing.assert_allclose(got[1], want[1], atol=1e-2)
+    assert relative_rms(got[0], want[0]) < 5e-3
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="takes long before jax 0.11")
+@pytest.mark.parametrize("scope", ["row", "head"])
+def test_gradients_of_gathered_rows(scope):
+    args = normal(0, (1, T, 1, 32), (1, S, 1, 32), (1, S, 1, 32), dtype="bfloat16")
+
+    def grads(implementation, *args):
+        def loss(*args):
+            out, lse = routed(*args, implementation, scope=scope)
+            return (out.astype(jnp.float32) ** 2).sum() + lse.sum()
+
+        return jax.grad(loss, (0, 1, 2))(*args)
+
+    with mosaic.interpret():
+        got = jax.jit(functools.partial(grads, "pallas"))(*args)
+    want = grads("reference", *(x.astype(jnp.float32) for x in args))
+    for found, right in zip(got, want, strict=True):
+        assert relative_rms(found, right) < 1e-2
