@@ -23,6 +23,9 @@ ROWS = CHUNK // 2  # One warpgroup's tokens.
 # Of the state, what one block of threads holds.
 _COLUMNS, _ELEMENTS = 128, 128 * 128
 EPS = 1e-12  # Added to denominators that are not 0.
+# Of a sum with float32's 24 bits, tokens that weigh less than this to the last one's 1
+# are not seen, unless they are 2^24 times as large.
+_FORGOTTEN = -48.0
 
 
 class Decay(NamedTuple):
@@ -75,6 +78,7 @@ def linear_scan(
     pieces: int,
     transposed: bool = False,
     keep_states: bool = False,
+    return_state: bool = True,
 ) -> tuple:
     """`sum_j weight(i, j) (query_i . key_j) value_j` over the tokens j up to i.
 
@@ -84,8 +88,9 @@ def linear_scan(
       query: `[B, T, *, H]`, T a multiple of `CHUNK`; None if states alone are wanted.
       key: `[B, T, *, H]`.
       value: `[B, T, *, V]`.
-      state: what enters each piece, float32 `[B, N, pieces, H, V]`. With fewer pieces
-        the first ones are summed (the last, if transposed), and for states alone.
+      state: what enters each piece, float32 `[B or 1, N, pieces, H, V]`. With fewer
+        pieces the first ones are summed (the last, if transposed), and for states
+        alone; these leave out chunks that the decay forgets before the piece ends.
       decay: by chunks of `CHUNK`.
       counted: sums of keys to make as well. With queries, it divides.
       offset: of queries.
@@ -93,6 +98,8 @@ def linear_scan(
       transposed: sums over the tokens from i on; states enter from the right.
       keep_states: also returns the states that enter the chunks. For H V of at most
         `128 * 128`.
+      return_state: whether what leaves each piece is wanted; if not, None is in its
+        place.
 
     Returns:
       The sums `[B, T, N, V]`, in value's dtype, and what leaves each piece, as `state`.
@@ -100,8 +107,8 @@ def linear_scan(
       denominators `[B, N, T]` and the sums that enter each chunk `[B, N, chunks, H]`.
       With `keep_states` also the states, `[B, N, chunks, H, V]` in value's dtype.
     """
-    batch, heads, served, size, value_size = state.shape
-    length, dtype = key.shape[1], key.dtype
+    _, heads, served, size, value_size = state.shape
+    batch, length, dtype = *key.shape[:2], key.dtype
     chunks = length // CHUNK // pieces
     first_piece = pieces - served if transposed else 0
     columns = min(value_size, _COLUMNS, _ELEMENTS // size)
@@ -115,6 +122,14 @@ def linear_scan(
     numbers = [x for x in numbers if x is not None]
     others = [x for x in (counted and counted.state, offset and offset.row)]
     others = [x for x in others if x is not None]
+    skipped = []
+    if query is None:
+        parts = slice(first_piece, first_piece + served)
+        skip = _forgotten(decay, pieces, chunks, stages, transposed)[..., parts]
+        skipped = [skip]
+        state = jnp.where(skip[..., None, None] > 0, 0.0, state)
+        if counted:
+            others[0] = jnp.where(skip[..., None] > 0, 0.0, others[0])
 
     # The copying warpgroup has more addresses to keep with one more array.
     roomy = size * columns < _ELEMENTS
@@ -127,9 +142,12 @@ def linear_scan(
             tokens_g["number"], *rest = rest
         if others:
             other_g, *rest = rest
+        if skipped:
+            skipped_g, *rest = rest
         if query is not None:
             out_g, *rest = rest
-        last_g, *rest = rest
+        if return_state:
+            last_g, *rest = rest
         if counted:
             sums_g, *rest = rest
         if divides:
@@ -145,7 +163,10 @@ def linear_scan(
         piece = first_piece + place
         first_column = lax.rem(part, jnp.int32(splits)) * columns
 
+        first = skipped_g[row_of(skipped_g, b), h, place] if skipped else 0
+
         def chunk_of(n):
+            n = first + n
             return piece * chunks + (chunks - 1 - n if transposed else n)
 
         def consume():
@@ -153,8 +174,8 @@ def linear_scan(
             first_row = wg * ROWS
             scale = scale_g[row_of(scale_g, b)]
             held = State(state_s, (size, columns), wg, written, sums_s)
-            own_g = (b, h, place, *held.place(first_column))
-            state = mosaic.load(state_g.at[*own_g], TILE)
+            own_g = (h, place, *held.place(first_column))
+            state = mosaic.load(state_g.at[row_of(state_g, b), *own_g], TILE)
             sums = None
             if counted:
                 sums = mosaic.load(other_g.at[b, h, place, own_g[-2]], ROW)
@@ -250,8 +271,9 @@ def linear_scan(
                     write(out, chunk, slot)
                 return state, sums
 
-            state, sums = lax.fori_loop(0, chunks, step, (state, sums))
-            last_g.at[*own_g][...] = state
+            state, sums = lax.fori_loop(0, chunks - first, step, (state, sums))
+            if return_state:
+                last_g.at[b, *own_g][...] = state
             if counted:
                 held.write_sums(sums, sums_g.at[b, h, place])
             plgpu.wait_smem_to_gmem(0)
@@ -272,7 +294,7 @@ def linear_scan(
                     return gmem.at[b, tokens, head, pl.ds(first_column, columns)]
                 return gmem.at[b, tokens, head]
 
-            mosaic.by_one_warp(lambda: stream.copy(source, chunks, stages))
+            mosaic.by_one_warp(lambda: stream.copy(source, chunks - first, stages))
 
         pl.when(wg < 2)(consume)
         pl.when(wg == 2)(produce)
@@ -287,10 +309,13 @@ def linear_scan(
         buffers["number"] = plgpu.SMEM((stages, CHUNK), jnp.float32)
     published = mosaic.tiled((size, columns), dtype, swizzle)
     staged = mosaic.tiled((CHUNK, columns), dtype, swizzle)
-    outputs = [jax.ShapeDtypeStruct(state.shape, jnp.float32)]
+    outputs = []
     if query is not None:
-        out = jax.ShapeDtypeStruct((batch, length, heads, value_size), dtype)
-        outputs.insert(0, out)
+        out = (batch, length, heads, value_size)
+        outputs.append(jax.ShapeDtypeStruct(out, dtype))
+    if return_state:
+        last = (batch, *state.shape[1:])
+        outputs.append(jax.ShapeDtypeStruct(last, jnp.float32))
     if counted:
         outputs.append(jax.ShapeDtypeStruct(counted.state.shape, jnp.float32))
     if divides:
@@ -301,7 +326,7 @@ def linear_scan(
         outputs.append(jax.ShapeDtypeStruct(kept, dtype))
     results = mosaic.call(
         body,
-        (*inputs.values(), state, *decay, *numbers, *others),
+        (*inputs.values(), state, *decay, *numbers, *others, *skipped),
         tuple(outputs),
         scratch=[
             *Stream.scratch(buffers),
@@ -317,7 +342,21 @@ def linear_scan(
         thread_name="wg",
         kernel_name="linear_scan" + "_transposed" * transposed,
     )
+    if not return_state:
+        results = results[0], None, *results[1:]
     return (None, *results) if query is None else results
+
+
+def _forgotten(decay: Decay, pieces: int, chunks: int, stages: int, transposed: bool):
+    """How many chunks a piece may leave out, int32 `[B or 1, N, pieces]`.
+
+    They are its first, or if transposed its last; `stages` are left in any case.
+    """
+    total = decay.since[..., -1]
+    total = jnp.broadcast_to(total, (*total.shape[:2], pieces * chunks))
+    total = total.reshape(*total.shape[:2], pieces, chunks)
+    after = lax.cumsum(total, axis=3, reverse=not transposed) - total
+    return jnp.minimum((after < _FORGOTTEN).sum(-1, dtype=jnp.int32), chunks - stages)
 
 
 class Stream(NamedTuple):

@@ -38,7 +38,9 @@ def linear_grad(
     d_state: jax.Array,
     decay: Decay,
     counted: Counted | None = None,
-) -> tuple[jax.Array, ...]:
+    *,
+    return_state: bool = True,
+) -> tuple:
     """Gradients of keys, values and states, of which the last come back to front.
 
     Args:
@@ -46,18 +48,20 @@ def linear_grad(
       key: `[B, T, K, H]`.
       value: `[B, T, K, V]`, H V at most `LARGEST`.
       d_out: the output's cotangent, `[B, T, N, V]`.
-      d_state: that of the state after each piece, float32 `[B, N, pieces, H, V]`.
+      d_state: that of the state after each piece, float32 `[B or 1, N, pieces, H, V]`.
       decay: by chunks of `CHUNK`.
       counted: the gradient of one more column of values, of ones: of the state after
         each piece, and by token.
+      return_state: whether the gradient of the state before each piece is wanted; if
+        not, None is in its place.
 
     Returns:
       Gradients of key and value for each of the N heads, `[B, T, N, H]` and
       `[B, T, N, V]`, and of the state before each piece; with `counted` also of its
       last column, `[B, N, pieces, H]`.
     """
-    batch, heads, pieces, size, value_size = d_state.shape
-    length, dtype = key.shape[1], key.dtype
+    _, heads, pieces, size, value_size = d_state.shape
+    batch, length, dtype = *key.shape[:2], key.dtype
     chunks = length // CHUNK // pieces
     swizzle = State.swizzle(size, value_size, dtype)
     stages = 2 if max(size, value_size) < 256 else 1  # all that shared memory holds
@@ -73,7 +77,9 @@ def linear_grad(
         state_g, since_g, scale_g, *rest = refs[len(inputs) :]
         if counted:
             sums_g, tokens_g["number"], *rest = rest
-        d_key_g, d_value_g, first_g, *rest = rest
+        d_key_g, d_value_g, *rest = rest
+        if return_state:
+            first_g, *rest = rest
         if counted:
             first_sums_g, *rest = rest
         stream, local = Stream.of(tuple(buffers), rest)
@@ -89,8 +95,8 @@ def linear_grad(
             plgpu.set_max_registers(consumer, action="increase")
             scale = scale_g[row_of(scale_g, b)]
             held = State(state_s, (size, value_size), wg, written, sums_s)
-            own_g = (b, h, piece, *held.place())
-            state = mosaic.load(state_g.at[*own_g], TILE)
+            own_g = (h, piece, *held.place())
+            state = mosaic.load(state_g.at[row_of(state_g, b), *own_g], TILE)
             sums = None
             if counted:
                 sums = mosaic.load(sums_g.at[b, h, piece, own_g[-2]], ROW)
@@ -161,7 +167,8 @@ def linear_grad(
                 return state, sums
 
             state, sums = lax.fori_loop(0, chunks, step, (state, sums))
-            first_g.at[*own_g][...] = state
+            if return_state:
+                first_g.at[b, *own_g][...] = state
             if counted:
                 held.write_sums(sums, first_sums_g.at[b, h, piece])
             plgpu.wait_smem_to_gmem(0)
@@ -190,16 +197,19 @@ def linear_grad(
         for name, x in inputs.items()
     }
     buffers["since"] = plgpu.SMEM((stages, CHUNK), jnp.float32)
-    more = [counted.state] if counted else []
+    states: list[tuple[int, ...]] = []
+    if return_state:
+        states += [(batch, *d_state.shape[1:])]
     if counted:
+        states += [counted.state.shape]
         buffers["number"] = plgpu.SMEM((stages, CHUNK), jnp.float32)
-    return mosaic.call(
+    results = mosaic.call(
         body,
         (*inputs.values(), d_state, *decay, *(counted or ())),
         (
             jax.ShapeDtypeStruct((batch, length, heads, size), dtype),
             jax.ShapeDtypeStruct((batch, length, heads, value_size), dtype),
-            *(jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (d_state, *more)),
+            *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in states),
         ),
         scratch=[
             *Stream.scratch(buffers, {"key": 1, "value": 1}),
@@ -216,3 +226,4 @@ def linear_grad(
         thread_name="wg",
         kernel_name="linear_grad",
     )
+    return results if return_state else (*results[:2], None, *results[2:])

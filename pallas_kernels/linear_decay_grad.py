@@ -47,15 +47,15 @@ def linear_decay_grad(
       d_out: the output's cotangent, `[B, T, N, V]`.
       states: those that enter the chunks, transposed: `[B, N, chunks, V, H]`.
       d_state: the cotangent of the state after each piece, transposed, float32
-        `[B, N, pieces, V, H]`.
+        `[B or 1, N, pieces, V, H]`.
       decay: by chunks of `CHUNK`.
 
     Returns:
       In float32 the sum at the start of each chunk, `[B, N, chunks]`, and by what each
       token lessens it, `[B, N, T]`.
     """
-    batch, heads, pieces, value_size, size = d_state.shape
-    length, dtype = key.shape[1], key.dtype
+    _, heads, pieces, value_size, size = d_state.shape
+    batch, length, dtype = *key.shape[:2], key.dtype
     chunks = length // CHUNK // pieces
     swizzle = State.swizzle(value_size, size, dtype)
     stages = 1  # All that shared memory holds.
@@ -82,7 +82,8 @@ def linear_decay_grad(
             rows = pl.ds(first_row, ROWS)
             scale = scale_g[row_of(scale_g, b)]
             held = State(state_s, (value_size, size), wg, written)
-            state = mosaic.load(state_g.at[b, h, piece, *held.place()], TILE)
+            own_g = (row_of(state_g, b), h, piece, *held.place())
+            state = mosaic.load(state_g.at[*own_g], TILE)
             held.publish(state)
 
             def step(n, state):

@@ -8,14 +8,16 @@ import chex
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import GRADIENT_ERROR, assert_matches, normal
+from helpers import GRADIENT_ERROR, assert_matches, normal, relative_rms
 
 import attnx
 from attnx.linear import pallas
 from pallas_kernels import mosaic
+from pallas_kernels.linear_attention import CHUNK, Counted, Decay, linear_scan
 
 SINCE_0_11 = jax.__version_info__ >= (0, 11)
 SIZES = list(itertools.product((64, 128, 256), repeat=2))
+LONG = jnp.repeat(jnp.arange(3), jnp.array([300, 20, 448]))[None]
 # heads, key heads, length, key size, value size, decay, options
 CASES = {
     "no decay": (1, 1, 256, 128, 128, None, {}),
@@ -34,10 +36,20 @@ CASES = {
     ),
     "reverse": (1, 1, 150, 64, 64, "token", {"reverse": True}),
     "wide": (1, 1, 128, 256, 256, "head", {}),
+    "forgetting": (2, 1, 700, 64, 64, "strong", {}),
+    "forgetting, reverse": (1, 1, 768, 64, 64, "strong", {"reverse": True}),
+    "long documents": (
+        *(1, 1, 768, 64, 64, "head"),
+        {"segment_ids": LONG},
+    ),
     "normalized": (2, 1, 200, 64, 64, "head", {"normalize": True}),
     "normalized, by token": (1, 1, 256, 128, 64, "token", {"normalize": True}),
 }
-INTERPRETED = list(CASES) if SINCE_0_11 else ["per head, ragged", "normalized"]
+# In pieces, which may leave out what they forget.
+IN_PIECES = ["per head, ragged", "per token", "normalized"]
+IN_PIECES += [name for name in CASES if name.startswith(("forgetting", "long"))]
+SHORT = [name for name in CASES if CASES[name][2] <= 256]
+INTERPRETED = SHORT if SINCE_0_11 else ["per head, ragged", "normalized"]
 
 
 def arrays(name, dtype="bfloat16"):
@@ -52,14 +64,16 @@ def arrays(name, dtype="bfloat16"):
         dtype=dtype,
     )
     each = 1, length, heads
-    by = {"head": (heads,), "token": each, "channel": (*each, size)}.get(decay)
+    by = {"head": (heads,), "token": each, "channel": (*each, size), "strong": each}
+    by = by.get(decay)
     shape = 1, heads, size, value_size + normalize
     state, *decays = normal(1, shape, *[by] if by else [])
     if normalize:  # As features are.
         query, key, value = tokens
         tokens = jnp.exp(query / 4), jnp.exp(key / 4), value
         state = jnp.abs(state)
-    return *tokens, state, *(-jnp.abs(x) / 20 for x in decays)
+    slower = 1 if decay == "strong" else 20
+    return *tokens, state, *(-jnp.abs(x) / slower for x in decays)
 
 
 def gradient_error(name, dtype="bfloat16"):
@@ -103,7 +117,7 @@ def test_matches_the_reference(name):
 
 
 @pytest.mark.skipif(not SINCE_0_11, reason="takes long before jax 0.11")
-@pytest.mark.parametrize("name", ["per head, ragged", "per token", "normalized"])
+@pytest.mark.parametrize("name", IN_PIECES)
 def test_a_sequence_in_pieces_is_the_whole(name, monkeypatch):
     monkeypatch.setattr(pallas, "number_of_pieces", lambda *_: 2)
     options = CASES[name][-1]
@@ -114,6 +128,58 @@ def test_a_sequence_in_pieces_is_the_whole(name, monkeypatch):
             arrays(name),
             gradient_error=gradient_error(name),
         )
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("per_token", [0.0, -0.15, -1.0])
+def test_states_leave_out_what_they_forget(per_token, transposed):
+    """Of a piece of four chunks, tokens 48 bits of decay away and more."""
+    size, chunks = 64, 4
+    length = 2 * chunks * CHUNK
+    key, value = normal(0, *[(1, length, 1, size)] * 2, dtype="bfloat16")
+    state = jnp.zeros((1, 1, 1, size, size))
+    since = jnp.cumsum(jnp.full((1, 1, 1, CHUNK), per_token), -1)
+    left_out = {0.0: 0, -0.15: 1, -1.0: 2}[per_token]  # two fill the pipeline
+    ages = jnp.arange(chunks * CHUNK)
+    if transposed:  # What leaves the last piece to the left.
+        piece, far = slice(chunks * CHUNK, None), slice(length - left_out * CHUNK, None)
+        weights = jnp.exp2(per_token * (ages + 1))
+    else:
+        piece, far = slice(0, chunks * CHUNK), slice(0, left_out * CHUNK)
+        weights = jnp.exp2(per_token * ages[::-1])
+    expected = jnp.einsum(
+        "t,th,tv->hv",
+        *(weights, key[0, piece, 0], value[0, piece, 0]),
+        precision="highest",
+    )
+    with mosaic.interpret():
+        _, out, sums = linear_scan(
+            *(None, key.at[:, far].set(jnp.nan), value, state),
+            *(Decay(since, jnp.ones(1)), Counted(state[..., 0], None)),
+            pieces=2,
+            transposed=transposed,
+        )
+    assert relative_rms(out[0, 0, 0], expected) < 4e-3
+    expected = weights @ key[0, piece, 0].astype(jnp.float32)
+    assert relative_rms(sums[0, 0, 0], expected) < 1e-6
+
+
+@pytest.mark.parametrize("state", [False, True])
+def test_states_that_are_not_wanted_are_not_written(state):
+    """Without them, a sequence of one piece moves nothing but tokens."""
+    tokens = [jnp.repeat(x, 2, 0) for x in arrays("per head, ragged")[:3]]
+
+    def gradients(*tokens):
+        fn = functools.partial(attnx.linear_attention, implementation="pallas")
+        out, pull = jax.vjp(functools.partial(fn, return_state=state), *tokens)
+        return pull(out)
+
+    shapes = [
+        x.aval.shape
+        for equation in jax.make_jaxpr(gradients)(*tokens).eqns
+        for x in equation.outvars
+    ]
+    assert ((2, 2, 64, 64) in shapes) == state
 
 
 @pytest.mark.skipif(not SINCE_0_11, reason="the detector came with jax 0.11")

@@ -114,18 +114,21 @@ def linear_attention(
     candidates = {
         "reference": functools.partial(reference.linear_attention, **static),
         "xla": functools.partial(xla.linear_attention, **static),
-        "pallas": functools.partial(pallas.linear_attention, **static),
+        "pallas": functools.partial(
+            pallas.linear_attention, **static, return_state=return_state
+        ),
     }
-    out, state = dispatch(
+    if not return_state:
+        only_out = lambda attend: lambda *operands: attend(*operands)[0]
+        candidates = {name: only_out(attend) for name, attend in candidates.items()}
+    result = dispatch(
         "linear_attention",
         implementation,
         candidates,
         functools.partial(unsupported, normalize=normalize),
         *(query, key, value, scale, log_decay, initial_state, segment_ids),
     )
-    if unbatched:
-        out, state = out[0], state[0]
-    return (out, state) if return_state else out
+    return jax.tree.map(lambda x: x[0], result) if unbatched else result
 
 
 def unsupported(

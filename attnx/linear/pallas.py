@@ -9,7 +9,7 @@ arXiv 2312.06635).
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,14 @@ _LEAST = -128.0
 _PLAIN: dict[str, Any] = {"reverse": False, "normalize": False}
 
 
+class _Options(NamedTuple):
+    """What is known of a call when it is traced."""
+
+    pieces: int
+    one_decay: bool
+    return_state: bool
+
+
 def linear_attention(
     query: jax.Array,
     key: jax.Array,
@@ -54,14 +62,15 @@ def linear_attention(
     *,
     reverse: bool,
     normalize: bool,
-) -> tuple[jax.Array, jax.Array]:
-    """See `attnx.linear_attention`; returns the output and the final state."""
+    return_state: bool,
+) -> tuple[jax.Array, jax.Array | None]:
+    """See `attnx.linear_attention`; a state that is not wanted may be None."""
     length = query.shape[1]
     one_decay = log_decay is not None and log_decay.ndim == 1
-    if initial_state is None:
+    by_channel = log_decay is not None and log_decay.ndim == 4
+    if initial_state is None and (normalize or by_channel):
         columns = value.shape[-1] + normalize
         initial_state = empty_state(query, columns, jnp.float32)
-    by_channel = log_decay is not None and log_decay.ndim == 4
     pieces = 1 if by_channel else number_of_pieces(query)
     fill = -length % (CHUNK * pieces)
     log_decay = by_token(log_decay, segment_ids, query, jnp.float32, reverse, fill > 0)
@@ -75,7 +84,8 @@ def linear_attention(
         tokens = [jnp.pad(x, ((0, 0), (0, fill), *rest(x))) for x in tokens]
     query, key, value, *by = tokens
     log_decay = by[0] if by else log_decay
-    attend = functools.partial(_attention, (pieces, one_decay))
+    options = _Options(pieces, one_decay, return_state)
+    attend = functools.partial(_attention, options)
     if normalize:
         attend = functools.partial(_normalized, pieces)
     if by_channel:
@@ -121,64 +131,89 @@ def unsupported(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(options, query, key, value, scale, log_decay, initial_state):
     decay = _decay(log_decay, scale)
-    return _outputs(options[0], query, key, value, decay, initial_state)[:2]
+    return _outputs(options, query, key, value, decay, initial_state)[:2]
 
 
-def _outputs(pieces, query, key, value, decay, initial_state):
+def _outputs(options, query, key, value, decay, initial_state):
+    pieces, _, return_state = options
+    if initial_state is None:
+        initial_state = _no_state(query, value)
     entering = _entering(pieces, (key, value), initial_state, decay)
-    out, leaving = _scan((query, key, value, entering), decay, pieces=pieces)
-    return out, leaving[:, :, -1], entering
+    out, leaving = _scan(
+        *((query, key, value), entering, decay),
+        pieces=pieces,
+        return_state=return_state,
+    )
+    return out, leaving[:, :, -1] if return_state else None, entering
 
 
 def _forward(options, *primals):
     wants_decay = primals[4].perturbed
-    query, key, value, scale, log_decay, initial_state = (x.value for x in primals)
+    # There may be no initial state.
+    values = (x and x.value for x in primals)
+    query, key, value, scale, log_decay, initial_state = values
     decay = _decay(log_decay, scale)
-    out, last, entering = _outputs(options[0], query, key, value, decay, initial_state)
-    # By its presence the last state says that the decay has a gradient.
-    kept = last if wants_decay else None
-    return (out, last), (query, key, value, scale, log_decay, entering, out, kept)
+    out, last, entering = _outputs(options, query, key, value, decay, initial_state)
+    # By their presence these say which gradients are wanted.
+    kept = (last,) if wants_decay else None
+    given = None if initial_state is None else ()
+    residuals = query, key, value, scale, log_decay, entering, out, kept, given
+    return (out, last), residuals
 
 
 def _backward(options, residuals, cotangents):
     """Each gradient is again a sum over earlier tokens, or over later ones."""
-    pieces, one_decay = options
-    query, key, value, scale, log_decay, entering, out, last = residuals
-    d_out, d_last = (
-        jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x
-        for x in cotangents
-    )
+    pieces, one_decay, _ = options
+    query, key, value, scale, log_decay, entering, out, kept, given = residuals
+    d_out, d_last = cotangents
+    if isinstance(d_out, SymbolicZero):
+        d_out = jnp.zeros(d_out.shape, d_out.dtype)
+    if d_last is None or isinstance(d_last, SymbolicZero):
+        d_last = _no_state(query, value)
     small = entering.shape[-2] * entering.shape[-1] <= LARGEST
     # One for all tokens sums up what bfloat16 states leave over: xla keeps float32.
     by_kernel = small and not one_decay
     decay = _decay(log_decay, scale)
     d_query, _, *states = _scan(
-        (d_out, value, key, entering.mT),
-        decay,
+        *((d_out, value, key), entering.mT, decay),
         pieces=pieces,
-        keep_states=by_kernel and last is not None,
+        keep_states=by_kernel and kept is not None,
+        return_state=False,
     )
-    backwards = {"pieces": pieces, "transposed": True}
     d_leaving = _entering(pieces, (query, d_out), d_last, decay, transposed=True)
+    backwards = {"pieces": pieces, "transposed": True}
+    first = {"return_state": given is not None}
     if small:
-        d_key, d_value, d_entering = mappable(linear_grad)(
-            (query, key, value, d_out, d_leaving),
-            (_decay(log_decay, scale, GRAD_CHUNK),),
+        d_key, d_value, d_entering = mappable(linear_grad, **first)(
+            (query, key, value, d_out),
+            (d_leaving, _decay(log_decay, scale, GRAD_CHUNK)),
         )
     else:
-        d_key, _ = _scan((value, d_out, query, d_leaving.mT), decay, **backwards)
-        d_value, d_entering = _scan((key, query, d_out, d_leaving), decay, **backwards)
-    if last is None:
+        d_key, _ = _scan(
+            *((value, d_out, query), d_leaving.mT, decay),
+            **backwards,
+            return_state=False,
+        )
+        d_value, d_entering = _scan(
+            *((key, query, d_out), d_leaving, decay), **backwards, **first
+        )
+    if kept is None:
         d_log_decay = jnp.zeros_like(log_decay)
     elif by_kernel:
-        tokens = query, key, value, d_out, *states, d_leaving.mT
-        sums, changes = mappable(linear_decay_grad)(tokens, (decay,))
-        d_log_decay = _of_decay(sums, changes, (last * d_last).sum((2, 3)))
+        tokens = query, key, value, d_out, *states
+        sums, changes = mappable(linear_decay_grad)(tokens, (d_leaving.mT, decay))
+        (last,) = kept
+        after = 0.0 if last is None else (last * d_last).sum((2, 3))
+        d_log_decay = _of_decay(sums, changes, after)
     else:
+        batch = query.shape[0]
+        whole = lambda state: jnp.broadcast_to(state, (batch, *state.shape[1:]))
         of_decay = lambda log_decay: xla.linear_attention(
-            query, key, value, scale, log_decay, entering[:, :, 0], None, **_PLAIN
+            *(query, key, value, scale, log_decay, whole(entering[:, :, 0]), None),
+            **_PLAIN,
         )
-        (d_log_decay,) = jax.vjp(of_decay, log_decay)[1]((d_out, d_last))
+        pull = jax.vjp(of_decay, log_decay)[1]
+        (d_log_decay,) = pull((d_out, whole(d_last)))
     d_scale = jnp.einsum("btnv,btnv->", out, d_out, preferred_element_type=jnp.float32)
     return (
         d_query,
@@ -186,7 +221,7 @@ def _backward(options, residuals, cotangents):
         sum_of_groups(d_value, value),
         (d_scale / scale).astype(scale.dtype),
         d_log_decay,
-        d_entering[:, :, 0],
+        None if given is None else d_entering[:, :, 0],
     )
 
 
@@ -200,6 +235,7 @@ def _of_decay(sums, changes, after):
     """
     changes = changes.reshape(*sums.shape, CHUNK)
     until = jnp.cumsum(changes, -1)
+    after = jnp.broadcast_to(after, sums.shape[:2])
     ends = jnp.concatenate([sums[..., 1:], after[..., None]], -1)
     # Rounding is shared by the tokens between two sums that are known.
     missing = (ends - (sums - until[..., -1])) / CHUNK
@@ -220,7 +256,7 @@ def _forward_normalized(pieces, query, key, value, scale, log_decay, initial_sta
     entering = _entering(pieces, (key, value), initial_state, decay, counted=True)
     states, counted = _parted(entering)
     out, leaving, sums, total, rows = _scan(
-        (query, key, value, states), decay, counted=counted, pieces=pieces
+        (query, key, value), states, decay, counted=counted, pieces=pieces
     )
     last = jnp.concatenate([leaving, sums[..., None]], -1)[:, :, -1]
     residuals = query, key, value, scale, log_decay, entering, out, total, rows
@@ -239,10 +275,10 @@ def _backward_normalized(pieces, residuals, cotangents):
     d_total = -jnp.swapaxes(delta, 1, 2)
     states, _ = _parted(entering)
     d_query, _ = _scan(
-        (d_sum, value, key, states.mT),
-        decay,
+        *((d_sum, value, key), states.mT, decay),
         offset=Offset(d_total, rows),
         pieces=pieces,
+        return_state=False,
     )
     d_leaving = _entering(
         *(pieces, (query, d_sum), d_last, decay),
@@ -286,12 +322,18 @@ def _parted(state, by=None):
     return state[..., :-1], Counted(state[..., -1], by)
 
 
-def _scan(tokens, decay, counted=None, offset=None, **options):
-    def run(query, key, value, state, counted, offset, decay):
+def _no_state(query, value):
+    """Zeros, one row for the whole batch."""
+    shape = (1, *query.shape[2:], value.shape[-1])
+    return jnp.zeros_like(query, jnp.float32, shape=shape)
+
+
+def _scan(tokens, state, decay, counted=None, offset=None, **options):
+    def run(query, key, value, counted, offset, state, decay):
         more = counted, offset
         return linear_scan(query, key, value, state, decay, *more, **options)
 
-    return mappable(run)((*tokens, counted, offset), (decay,))
+    return mappable(run)((*tokens, counted, offset), (state, decay))
 
 
 def _entering(
@@ -308,12 +350,13 @@ def _entering(
     options = {"pieces": pieces, "transposed": transposed}
     if counted:
         empty, sums = _parted(empty, by)
-        _, *added = _scan((None, *tokens, empty), decay, counted=sums, **options)
+        _, *added = _scan((None, *tokens), empty, decay, counted=sums, **options)
         added = jnp.concatenate([added[0], added[1][..., None]], -1)
     else:
-        _, added = _scan((None, *tokens, empty), decay, **options)
+        _, added = _scan((None, *tokens), empty, decay, **options)
     # The state, and what each piece adds to it, by the piece that it enters.
-    parts = [added, state[:, :, None]] if transposed else [state[:, :, None], added]
+    first = jnp.broadcast_to(state, (added.shape[0], *state.shape[1:]))[:, :, None]
+    parts = [added, first] if transposed else [first, added]
     parts = jnp.concatenate(parts, axis=2)
     total = decay.since[..., -1]
     total = jnp.broadcast_to(total, (*total.shape[:2], tokens[0].shape[1] // CHUNK))
@@ -322,7 +365,7 @@ def _entering(
     ages = ages[..., :, None] - ages[..., None, :]
     seen = jnp.triu if transposed else jnp.tril
     weights = jnp.exp2(jnp.where(seen(jnp.ones(ages.shape[-2:], bool)), ages, -jnp.inf))
-    weights = jnp.broadcast_to(weights, (*state.shape[:2], pieces, pieces))
+    weights = jnp.broadcast_to(weights, (*parts.shape[:2], pieces, pieces))
     return jnp.einsum("bnpr,bnrhv->bnphv", weights, parts, precision="highest")
 
 
