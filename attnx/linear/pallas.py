@@ -406,8 +406,8 @@ def added(
     decay = _decay(jnp.maximum(log_decay, _LEAST), scale)
     shape = key.shape[0], heads, 1, key.shape[-1], value.shape[-1]
     empty = jnp.zeros_like(key, jnp.float32, shape=shape)
-    tokens = None, key, value, empty
-    _, leaving = _scan(tokens, decay, pieces=1, transposed=transposed)
+    options = {"pieces": 1, "transposed": transposed}
+    _, leaving = _scan((None, key, value), empty, decay, **options)
     return leaving[:, :, 0]
 
 
@@ -424,4 +424,4 @@ def piece(
     operands = query, key, value, scale, jnp.maximum(log_decay, _LEAST), state
     if log_decay.ndim == 4:
         return pallas_channel.attention(*operands)
-    return _attention((1, log_decay.ndim == 1), *operands)
+    return _attention(_Options(1, log_decay.ndim == 1, True), *operands)
