@@ -136,16 +136,19 @@ def blocks(percent: int, batch: int, length: int, heads: int, size: int) -> Case
 
 def moba(batch: int, length: int, heads: int, size: int) -> Case:
     """Each query's own block and the seven best before it, the choice included."""
+    options = {"block_size": BLOCK, "top_k": 8}
     return Case(
         "moba_attention",
         f"moba block 128 top 8 B{batch} T{length} N{heads} H{size}",
         ((batch, length, heads, size),) * 3,
-        _ours(
-            select.moba_attention,
-            ("reference", "pallas"),
-            block_size=BLOCK,
-            top_k=8,
-        ),
+        {
+            **_ours(select.moba_attention, ("reference", "pallas"), **options),
+            "gathering": functools.partial(
+                select.moba_attention,
+                implementation=attnx.KernelConfig(gathers=True),
+                **options,
+            ),
+        },
         functools.partial(moba, 1, 2048, 2, size),
         "bfloat16",
         yardsticks={"causal cudnn": _cudnn(is_causal=True)},

@@ -114,12 +114,13 @@ def provenance(commit: str = "") -> dict[str, str]:
 
 
 def save(path: pathlib.Path, where: dict[str, str], rows: list[dict]) -> None:
-    """Adds rows to a file; they take the place of all earlier ones of their cases."""
+    """Adds rows to a file, in place of all earlier ones of their cases and device."""
     path.parent.mkdir(parents=True, exist_ok=True)
     runs = json.loads(path.read_text()) if path.exists() else []
     new = {(row["op"], row["case"]) for row in rows}
     for run in runs:
-        run["rows"] = [r for r in run["rows"] if (r["op"], r["case"]) not in new]
+        if run["device"] == where["device"]:
+            run["rows"] = [r for r in run["rows"] if (r["op"], r["case"]) not in new]
     same = [run for run in runs if run == {**where, "rows": run["rows"]}]
     if same:
         same[0]["rows"] += rows

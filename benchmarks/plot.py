@@ -50,13 +50,14 @@ def draw(results: pathlib.Path) -> Iterator[pathlib.Path]:
         # A row without a time says why there is none.
         rows = [row for run in runs for row in run["rows"] if "milliseconds" in row]
         device = " and ".join(sorted({run["device"] for run in runs}))
-        drawings = {"time": _lengths}
-        if path.stem == "gpu":
-            drawings = {
+        drawings = {
+            "cpu": {"time": _lengths},
+            "gpu": {
                 "time": plot_gpu.bars,
                 "sparsity": plot_gpu.sparsity,
                 "length": plot_gpu.length,
-            }
+            },
+        }.get(path.stem, {})
         for name, drawing in drawings.items():
             figure = drawing(rows, device)
             if figure is not None:

@@ -113,13 +113,17 @@ def page() -> str:
 def _reached(
     target: Target, result: dict[str, Any], every: list[dict[str, Any]]
 ) -> str:
-    value, unit = result["measures"][target.measure], 1.0
+    measures, unit = result["measures"], 1.0
     if target.of:
         others = [each for each in every if each["experiment"] == target.of]
         # A bound that nothing has set yet is reached by nothing.
-        units = [each["measures"][target.measure] for each in others]
+        units = [x["measures"].get(target.measure, np.nan) for x in others]
         unit = np.mean(units) if units else np.nan
-    missed = "" if target.reached(value, unit) else ", missed"
+    reached = "not measured"
+    if target.measure in measures:
+        value = measures[target.measure]
+        missed = "" if target.reached(value, unit) else ", missed"
+        reached = f"{value:.3f}{missed}"
     more = [
         f"{name} {other:.3f}"
         for name, other in result["measures"].items()
@@ -128,7 +132,7 @@ def _reached(
     return _row(
         f"[{result['experiment']}](../models/results/{result['path'].name})",
         target,
-        f"{value:.3f}{missed}",
+        reached,
         "; ".join(more),
         result["seed"],
         f"{result['minutes']:.1f}",

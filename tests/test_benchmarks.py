@@ -94,6 +94,8 @@ def test_saved_rows_replace_those_of_their_case(tmp_path):
         ("abc", [other]),
         ("def", [{**row, "runs": 1}]),
     ]
+    measure.save(path, {**WHERE, "device": "another"}, [row])
+    assert json.loads(path.read_text())[:2] == runs
 
 
 def test_page_and_figures_show_what_there_is(tmp_path, monkeypatch):

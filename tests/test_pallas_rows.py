@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from helpers import normal, relative_rms
 
+import attnx
 from attnx import select
 from attnx.softmax import pallas
 from pallas_kernels import mosaic
 
 T, S, BLOCK = 300, 384, 128
+GATHERING = attnx.KernelConfig(gathers=True)
 
 
 def routed(query, key, value, implementation, scope="head"):
@@ -35,7 +37,7 @@ def test_rows_of_each_block_are_gathered(tiles, monkeypatch):
     monkeypatch.setattr(pallas, "_tiles_in_turn", lambda *_: tiles)
     args = normal(0, (1, T, 2, 32), (1, S, 1, 32), (1, S, 1, 32), dtype="bfloat16")
     with mosaic.interpret():
-        got = jax.jit(functools.partial(routed, implementation="pallas"))(*args)
+        got = jax.jit(functools.partial(routed, implementation=GATHERING))(*args)
     # Float32 values of the same inputs, so that both choose the same blocks.
     wide = [x.astype(jnp.float32) for x in args]
     want = routed(*wide, implementation="reference")
@@ -56,7 +58,7 @@ def test_gradients_of_gathered_rows(scope):
         return jax.grad(loss, (0, 1, 2))(*args)
 
     with mosaic.interpret():
-        got = jax.jit(functools.partial(grads, "pallas"))(*args)
+        got = jax.jit(functools.partial(grads, GATHERING))(*args)
     want = grads("reference", *(x.astype(jnp.float32) for x in args))
     for found, right in zip(got, want, strict=True):
         assert relative_rms(found, right) < 1e-2
