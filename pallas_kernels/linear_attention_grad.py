@@ -14,15 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import mosaic
-from pallas_kernels.linear_attention import (
-    Counted,
-    Decay,
-    State,
-    Stream,
-    Weights,
-    row_of,
-    since_of,
-)
+from pallas_kernels.chunks import State, Stream, Weights, row_of, since_of
+from pallas_kernels.linear_attention import Counted, Decay
 from pallas_kernels.mosaic import COL, ROW, TILE
 
 CHUNK = 64

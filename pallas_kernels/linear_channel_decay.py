@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import mosaic
-from pallas_kernels.linear_attention import Stream, row_of
+from pallas_kernels.chunks import Stream, row_of
 from pallas_kernels.mosaic import TILE
 
 CHUNK = 64

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import mosaic
-from pallas_kernels.linear_attention import Stream, row_of
+from pallas_kernels.chunks import Stream, row_of
 from pallas_kernels.linear_channel_decay import (
     CHUNK,
     LEVELS,

@@ -16,16 +16,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import mosaic
-from pallas_kernels.linear_attention import (
+from pallas_kernels.chunks import (
     CHUNK,
     ROWS,
-    Decay,
     State,
     Stream,
     Weights,
     row_of,
     since_of,
 )
+from pallas_kernels.linear_attention import Decay
 from pallas_kernels.mosaic import ROW, TILE
 
 

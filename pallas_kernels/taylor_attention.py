@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import mosaic
-from pallas_kernels.linear_attention import CHUNK, ROWS, Stream, inverse
+from pallas_kernels.chunks import CHUNK, ROWS, Stream, inverse
 from pallas_kernels.mosaic import COL, ROW, TILE
 from pallas_kernels.taylor_features import PART, PARTS, SIZE, TILES, Forms, coefficients
 

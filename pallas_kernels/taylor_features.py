@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import mosaic
-from pallas_kernels.linear_attention import ROWS
+from pallas_kernels.chunks import ROWS
 
 SIZE = 16
 FEATURES = 1 + SIZE + SIZE * (SIZE + 1) // 2

@@ -13,7 +13,8 @@ from helpers import GRADIENT_ERROR, assert_matches, normal, relative_rms
 import attnx
 from attnx.linear import pallas
 from pallas_kernels import mosaic
-from pallas_kernels.linear_attention import CHUNK, Counted, Decay, linear_scan
+from pallas_kernels.chunks import CHUNK
+from pallas_kernels.linear_attention import Counted, Decay, linear_scan
 
 SINCE_0_11 = jax.__version_info__ >= (0, 11)
 SIZES = list(itertools.product((64, 128, 256), repeat=2))

@@ -19,15 +19,8 @@ from attnx._groups import sum_of_groups
 from attnx.linear import pallas_channel, xla
 from attnx.linear.operands import by_token, empty_state, repeated, to_state
 from pallas_kernels.batching import mappable
-from pallas_kernels.linear_attention import (
-    CHUNK,
-    EPS,
-    Counted,
-    Decay,
-    Offset,
-    inverse,
-    linear_scan,
-)
+from pallas_kernels.chunks import CHUNK, EPS, inverse
+from pallas_kernels.linear_attention import Counted, Decay, Offset, linear_scan
 from pallas_kernels.linear_attention_grad import CHUNK as GRAD_CHUNK
 from pallas_kernels.linear_attention_grad import LARGEST, linear_grad
 from pallas_kernels.linear_decay_grad import linear_decay_grad

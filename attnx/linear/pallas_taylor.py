@@ -14,7 +14,7 @@ from attnx._groups import sum_of_groups
 from attnx.linear.operands import empty_state
 from attnx.linear.pallas import number_of_pieces
 from pallas_kernels.batching import mappable
-from pallas_kernels.linear_attention import CHUNK, inverse
+from pallas_kernels.chunks import CHUNK, inverse
 from pallas_kernels.mosaic import wrong_device
 from pallas_kernels.taylor_attention import Slope, taylor_scan
 from pallas_kernels.taylor_features import FEATURES, KEY_FACTORS, SIZE, STATE_ROWS
