@@ -14,6 +14,9 @@ from attnx.softmax import pallas
 from pallas_kernels import mosaic
 
 T, S, BLOCK = 300, 384, 128
+LONG = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="takes long before jax 0.11"
+)
 GATHERING = attnx.KernelConfig(gathers=True)
 
 
@@ -32,7 +35,7 @@ def routed(query, key, value, implementation, scope="head"):
     )
 
 
-@pytest.mark.parametrize("tiles", [1, 2])
+@pytest.mark.parametrize("tiles", [pytest.param(1, marks=LONG), 2])
 def test_rows_of_each_block_are_gathered(tiles, monkeypatch):
     monkeypatch.setattr(pallas, "_tiles_in_turn", lambda *_: tiles)
     args = normal(0, (1, T, 2, 32), (1, S, 1, 32), (1, S, 1, 32), dtype="bfloat16")
@@ -45,7 +48,7 @@ def test_rows_of_each_block_are_gathered(tiles, monkeypatch):
     assert relative_rms(got[0], want[0]) < 5e-3
 
 
-@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="takes long before jax 0.11")
+@LONG
 @pytest.mark.parametrize("scope", ["row", "head"])
 def test_gradients_of_gathered_rows(scope):
     args = normal(0, (1, T, 1, 32), (1, S, 1, 32), (1, S, 1, 32), dtype="bfloat16")

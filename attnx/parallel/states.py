@@ -117,7 +117,7 @@ def linear_attention(
     query, key, value, *by = tokens
     call = _Call(axis_name, rows, reverse, implementation)
     operands = query, key, value, scale, by[0] if by else decay, first
-    out, last = _attention(call, *varying_alike(operands))
+    out, last = _compiled(call, *varying_alike(operands))
     out = out.reshape(-1, out.shape[1] * rows, *out.shape[2:])[:, :length]
     out = jnp.flip(out, 1) if reverse else out
     if normalize:
@@ -240,6 +240,9 @@ def _backward(call, residuals, cotangents):
 
 
 _attention.defvjp(_forward, _backward, symbolic_zeros=True)
+# Symbolic zeros are there where programs are traced; a `jax.shard_map` outside of one
+# runs its operations at once.
+_compiled = jax.jit(_attention, static_argnums=0)
 
 
 def _forget_others(log_decay, segment_ids, axis_name, reverse):
