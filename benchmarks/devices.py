@@ -10,7 +10,6 @@ import argparse
 import functools
 import pathlib
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 import attnx
 from attnx import parallel
+from benchmarks.gpu import host_milliseconds
 from benchmarks.measure import ERRORS, MODES, provenance, save
 
 RUNS = 10
@@ -122,7 +122,8 @@ def measure(case: Cut, mesh: jax.sharding.Mesh) -> Iterator[dict]:
         label = "x".join(map(str, case.shapes[-1]))
         runs = (("one", one, whole), ("share", one, share), ("cut", cut, spread))
         for name, fn, arrays in runs:
-            times = _milliseconds(fn, arrays)
+            jax.block_until_ready(fn(*arrays))
+            times = host_milliseconds(fn, arrays, RUNS)
             yield {
                 "op": "devices",
                 "case": f"{case.name} over {devices}, {label}",
@@ -146,19 +147,6 @@ def _mapped(fn: Callable, mesh: jax.sharding.Mesh, whole_arrays: int) -> Callabl
         )(*arrays)
 
     return run
-
-
-def _milliseconds(fn: Callable, arrays: list[jax.Array]) -> list[float]:
-    """Of a call, several being on their way at once: no wait for the host is in it."""
-    jax.block_until_ready(fn(*arrays))
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        for _ in range(RUNS):
-            out = fn(*arrays)
-        jax.block_until_ready(out)
-        times.append(1e3 * (time.perf_counter() - start) / RUNS)
-    return times
 
 
 def main() -> None:

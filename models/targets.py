@@ -52,7 +52,8 @@ SECTIONS = (
         + ". The last byte is that of a window of 1024: nothing follows it. Which "
         "tokens share a cluster of `routing` depends on the whole window; what `moba` "
         "chooses does not. `moh` activates nine of the twelve heads that `moh-dense` "
-        "has.",
+        "has. The trainer's sample is the first 16 KiB of that text, which `train` "
+        "measures as it goes, last in `metrics.jsonl`.",
         {
             "transformer": _LOSS,
             "tnl": _NEAR_LOSS,
