@@ -1,17 +1,24 @@
 """Times attnx on a GPU: `python -m benchmarks.gpu --out FILE`. Needs JAX and NumPy.
 
 Every case runs in a process of its own, so that one that hangs or breaks the GPU's
-context costs no other. Rows are saved as they come.
+context costs no other. Rows are saved as they come. With `--jobs` several cases are
+compiled at once; still one program is timed at a time.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
+import functools
 import multiprocessing
+import os
 import pathlib
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +32,7 @@ OUT = pathlib.Path(__file__).parent / "results" / "gpu.json"
 AGREEMENT = 1e-2
 # A candidate runs for so long, and at most so many times; its results all stay in
 # memory until the last.
-SECONDS, RUNS, BYTES = 2.0, 20, 16e9
+SECONDS, RUNS, BYTES = 2.0, 20, 8e9
 
 
 def main() -> None:
@@ -37,39 +44,56 @@ def main() -> None:
     parser.add_argument("--candidate", action="append", help="one of the candidates")
     parser.add_argument("--commit", default="", help="by default git is asked")
     parser.add_argument("--limit", type=float, default=300, help="seconds a case")
+    parser.add_argument("--jobs", type=int, default=1, help="cases at once")
     given = parser.parse_args()
-    spawn = multiprocessing.get_context("spawn")
-    for index, case in enumerate(gpu_cases.cases()):
-        if given.op not in case.op or given.case not in case.name:
-            continue
-        process = spawn.Process(
-            target=run, args=(index, given.candidate, given.out, given.commit)
-        )
-        process.start()
-        process.join(given.limit)
-        if process.is_alive():
-            process.kill()
-            process.join()
-            print(f"{case.name}: stopped after {given.limit:.0f} s", flush=True)
-        elif process.exitcode:
-            print(f"{case.name}: ended with {process.exitcode}", flush=True)
+    if given.jobs > 1:  # They share the GPU's memory.
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    with tempfile.NamedTemporaryFile() as lock, ThreadPoolExecutor(given.jobs) as pool:
+        for index, case in enumerate(gpu_cases.cases()):
+            if given.op in case.op and given.case in case.name:
+                args = index, given.candidate, given.out, given.commit, lock.name
+                pool.submit(_in_a_process, case.name, given.limit, args)
+
+
+def _in_a_process(name: str, limit: float, args: tuple) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=run, args=args)
+    process.start()
+    process.join(limit)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        print(f"{name}: stopped after {limit:.0f} s", flush=True)
+    elif process.exitcode:
+        print(f"{name}: ended with {process.exitcode}", flush=True)
 
 
 def run(
-    index: int, candidates: Sequence[str] | None, out: pathlib.Path, commit: str
+    index: int,
+    candidates: Sequence[str] | None,
+    out: pathlib.Path,
+    commit: str,
+    lock: str,
 ) -> None:
     """Times the case of this number, saves and prints each row."""
     case = list(gpu_cases.cases())[index]
     where = provenance(commit)
     rows = []
-    for row in measure(case, candidates):
+    for row in measure(case, candidates, functools.partial(_holding, lock)):
         rows.append(row)
-        save(out, where, rows)
+        with _holding(lock):
+            save(out, where, rows)
         print(line(row), flush=True)
 
 
-def measure(case: Case, candidates: Sequence[str] | None = None) -> Iterator[dict]:
-    """Times the candidates of a case, by default all. One that fails says why."""
+def measure(
+    case: Case,
+    candidates: Sequence[str] | None = None,
+    alone: Callable = contextlib.nullcontext,
+) -> Iterator[dict]:
+    """Times the candidates of a case, by default all. One that fails says why.
+
+    What runs at the timed size does so in the context that `alone` makes.
+    """
     every = {**case.candidates, **case.yardsticks}
     candidates = candidates or [name for name in every if name != "reference"]
     arrays = case.arrays()
@@ -88,15 +112,24 @@ def measure(case: Case, candidates: Sequence[str] | None = None) -> Iterator[dic
                     raise wrong
                 fn = MODES[mode](every[name])
                 program = jax.jit(fn).lower(*arrays).compile()
-                if name in case.candidates:
-                    result = program(*arrays)
-                    other, wanted = first.setdefault(mode, (name, result))
-                    _agree(other, wanted, result)
-                    del result, wanted
-                row |= timed(program, arrays)
+                with alone():
+                    if name in case.candidates:
+                        result = program(*arrays)
+                        other, wanted = first.setdefault(mode, (name, result))
+                        _agree(other, wanted, result)
+                        del result, wanted
+                    row |= timed(program, arrays)
             except Exception as error:
                 row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
             yield row
+
+
+@contextlib.contextmanager
+def _holding(path: str) -> Iterator[None]:
+    """Holds a lock that is free again when its process ends, whatever ends it."""
+    with open(path) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def timed(program: Callable, arrays: Sequence[jax.Array]) -> dict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 
 import jax
@@ -36,6 +37,7 @@ def cases() -> Iterator[Case]:
     for length in (65536, 131072):
         yield moba(1, length, 16, 128)
     yield vmoba(1, (30, 48, 80), (10, 16, 10), 18, 16, 128)
+    yield threshold(1, (30, 48, 80), (10, 16, 10), 18, 16, 128)
     yield power(1, 131072, 16, 128)
     yield decode(32, 32768, 32, 8, 128)
     for batch, length, heads in ((8, 2048, 16), (4, 4096, 32), (1, 16384, 32)):
@@ -183,6 +185,44 @@ def vmoba(
         small,
         "bfloat16",
         yardsticks={"cudnn": dense},
+    )
+
+
+def threshold(
+    batch: int,
+    space: tuple[int, int, int],
+    block: tuple[int, int, int],
+    most: int,
+    heads: int,
+    size: int,
+) -> Case:
+    """Boxes that hold a quarter of a head's scores, beside the choice of them alone."""
+    options = {"threshold": 0.25, "max_blocks": most}
+
+    def choice(query, key, _):
+        # Of runs of tokens as long as a box: to choose among boxes is no other work.
+        query, key = (x.reshape(batch, -1, heads, size) for x in (query, key))
+        blocks = select.Blocks.regular(query.shape[1], math.prod(block))
+        scores = select.block_scores(query, select.pool_mean(key, blocks))
+        own = blocks.ids[0][:, None] == jnp.arange(blocks.count)
+        scores = select.min_max(scores, scope="head")
+        return select.threshold_blocks(scores, scope="head", forced=own, **options)
+
+    small = functools.partial(threshold, 1, (20, 16, 10), (10, 8, 5), 2, 2, size)
+    return Case(
+        "vmoba_attention",
+        f"vmoba {_by(space)} block {_by(block)} threshold B{batch} N{heads} H{size}",
+        ((batch, *space, heads, size),) * 3,
+        _ours(
+            select.vmoba_attention,
+            ("reference", "pallas"),
+            block_size=block,
+            **options,
+        ),
+        small,
+        "bfloat16",
+        ("forward",),
+        {"choice": choice},
     )
 
 

@@ -215,7 +215,7 @@ def _experiment(name: str, *pattern: str) -> RecallExperiment:
         window=16,
     )
     training = TrainConfig(
-        steps=5000,
+        steps=15_000,
         learning_rate=3e-3,
         warmup_steps=200,
         validate_every=200,

@@ -113,6 +113,9 @@ SECTIONS = (
                 "sequence accuracy, 100 points", at_least=0.503
             ),
             "delaunay-5": Target("sequence accuracy, 5 points", at_least=0.807),
+            "delaunay-5-attention": Target(
+                "sequence accuracy, 5 points", at_least=0.807
+            ),
             "delaunay": Target("sequence accuracy, 10 points", at_least=0.226),
             "delaunay-attention": Target(
                 "sequence accuracy, 10 points", at_least=0.226
