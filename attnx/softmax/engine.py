@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from attnx._checks import expect, expect_float, expect_shape
@@ -97,8 +98,15 @@ def attend(
             run = functools.partial(xla.attention, bias=None, scale=float(scale))
             return order.through(run, query, key, value, block_mask=order.lists())
         sizes = (min(256, query_len), min(128, key_len))
+        if sizes == (query_len, key_len) and lists is None and isinstance(mask, Mask):
+            # One block has all pairs. With a list for each row of the batch the rows
+            # would take turns; the predicate can tell of all of them at once.
+            every = np.ones((1, 1), bool)
+            blocks = BlockMask.from_tiles(every, *sizes, block_size=sizes, mask=mask)
+        else:
+            blocks = block_mask(sizes)
         return xla.attention(
-            query, key, value, bias, block_mask=block_mask(sizes), scale=float(scale)
+            query, key, value, bias, block_mask=blocks, scale=float(scale)
         )
 
     def by_pallas(query, key, value, bias, rows):
