@@ -36,6 +36,8 @@ def _preset(name: str, *pattern: str, **sizes) -> TextExperiment:
     )
 
 
+# Longer, for routers to settle.
+_ROUTED = dataclasses.replace(_TRAINING, steps=2000)
 _HEADS = {"num_heads": 12, "shared_heads": 5, "active_heads": 9}
 _GATED = {"mlp_dim": 768}
 PRESETS = {
@@ -57,8 +59,10 @@ PRESETS = {
     "hybrid": _preset("hybrid", "lightning", "lightning", "softmax", **_GATED),
     "hybrid-window": _preset("hybrid-window", "window", "window", "softmax"),
     # Mixture-of-Head (arXiv:2410.11842): nine of twelve heads active, beside all.
-    "moh": _preset("moh", "moh", **_HEADS),
-    "moh-dense": _preset("moh-dense", "softmax", num_heads=12),
+    "moh": dataclasses.replace(_preset("moh", "moh", **_HEADS), training=_ROUTED),
+    "moh-dense": dataclasses.replace(
+        _preset("moh-dense", "softmax", num_heads=12), training=_ROUTED
+    ),
     # A trained transformer that goes on with four of six heads active.
     "moh-continued": dataclasses.replace(
         _preset("moh-continued", "moh_query", shared_heads=2, active_heads=4),

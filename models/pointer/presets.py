@@ -19,7 +19,7 @@ def _preset(name: str, steps: int, encoder="lstm", **settings) -> PointerExperim
             learning_rate=1e-3,
             warmup_steps=1000,
             weight_decay=0.01,
-            save_every=5000,
+            save_every=1000,
             validate_every=1000,
             steps_per_call=100,
         ),
@@ -37,16 +37,16 @@ PRESETS = {
     "hull": _preset("hull", 50_000, **_sizes(50)),
     "hull-range": _preset("hull-range", 50_000, **_RANGE),
     "hull-range-attention": _preset(
-        "hull-range-attention", 25_000, "attention", **_RANGE
+        "hull-range-attention", 8000, "attention", **_RANGE
     ),
-    "hull-attention": _preset("hull-attention", 25_000, "attention", **_sizes(50)),
+    "hull-attention": _preset("hull-attention", 8000, "attention", **_sizes(50)),
     "delaunay": _preset("delaunay", 30_000, problem="delaunay", **_sizes(10)),
     "delaunay-5": _preset("delaunay-5", 30_000, problem="delaunay", **_sizes(5)),
     "delaunay-5-attention": _preset(
-        "delaunay-5-attention", 25_000, "attention", problem="delaunay", **_sizes(5)
+        "delaunay-5-attention", 8000, "attention", problem="delaunay", **_sizes(5)
     ),
     "delaunay-attention": _preset(
-        "delaunay-attention", 25_000, "attention", problem="delaunay", **_sizes(10)
+        "delaunay-attention", 12_000, "attention", problem="delaunay", **_sizes(10)
     ),
     "tsp": _preset("tsp", 40_000, **_BEAM, **_sizes(10)),
     "tsp-20": _preset("tsp-20", 25_000, **_BEAM, **_sizes(20)),
