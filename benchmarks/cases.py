@@ -24,7 +24,8 @@ KERNEL = 13
 class Case(NamedTuple):
     """Candidates by name and the arrays that they are given.
 
-    The yardsticks are timed beside them, but compute something else.
+    The yardsticks are timed beside them, but compute something else. What is given is
+    made by `prepare` of random numbers of the shapes, outside of what is timed.
     """
 
     op: str
@@ -35,6 +36,7 @@ class Case(NamedTuple):
     dtype: str = "float32"
     modes: tuple[str, ...] = ("forward", "forward+backward")
     yardsticks: Mapping[str, Callable] = {}
+    prepare: Callable[[list[jax.Array]], list[jax.Array]] = list
 
     def arrays(self) -> list[jax.Array]:
         keys = jax.random.split(jax.random.key(0), len(self.shapes))
@@ -43,7 +45,8 @@ class Case(NamedTuple):
             for key, shape in zip(keys, self.shapes, strict=True)
         ]
         # Log decays, one a head or one a token and head.
-        return [-jnp.abs(x) / 8 if x.ndim in (1, 3) else x for x in arrays]
+        arrays = [-jnp.abs(x) / 8 if x.ndim in (1, 3) else x for x in arrays]
+        return self.prepare(arrays)
 
 
 def cases() -> Iterator[Case]:

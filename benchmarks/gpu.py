@@ -92,17 +92,19 @@ def measure(
 ) -> Iterator[dict]:
     """Times the candidates of a case, by default all. One that fails says why.
 
-    What runs at the timed size does so in the context that `alone` makes.
+    What runs on the device does so in the context that `alone` makes, but for what
+    compiling tries out.
     """
     every = {**case.candidates, **case.yardsticks}
     candidates = candidates or [name for name in every if name != "reference"]
-    arrays = case.arrays()
+    with alone():
+        arrays = case.arrays()
     first: dict[str, tuple[str, object]] = {}
     for name in (name for name in every if name in candidates):
         wrong = None
         try:
             if name in case.candidates:
-                check(case.small(), [name])
+                check(case.small(), [name], alone)
         except Exception as error:
             wrong = error
         for mode in case.modes:

@@ -143,14 +143,7 @@ def moba(batch: int, length: int, heads: int, size: int) -> Case:
         "moba_attention",
         f"moba block 128 top 8 B{batch} T{length} N{heads} H{size}",
         ((batch, length, heads, size),) * 3,
-        {
-            **_ours(select.moba_attention, ("reference", "pallas"), **options),
-            "gathering": functools.partial(
-                select.moba_attention,
-                implementation=attnx.KernelConfig(gathers=True),
-                **options,
-            ),
-        },
+        _ours(select.moba_attention, ("reference", "pallas"), **options),
         functools.partial(moba, 1, 2048, 2, size),
         "bfloat16",
         yardsticks={"causal cudnn": _cudnn(is_causal=True)},
@@ -305,11 +298,14 @@ def linear(kind: str, batch: int, length: int, heads: int, size: int) -> Case:
     def attention(query, key, value, log_decay=None, *, implementation):
         if log_decay is None:
             log_decay = attnx.decay.retnet(heads)
-        elif kind == "per channel":  # As in Gated Linear Attention, from any number.
-            log_decay = jax.nn.log_sigmoid(log_decay.astype(jnp.float32)) / 16
         return attnx.linear_attention(
             query, key, value, log_decay=log_decay, implementation=implementation
         )
+
+    def gates(arrays):
+        # As in Gated Linear Attention, from any numbers.
+        *tokens, gates = arrays
+        return [*tokens, jax.nn.log_sigmoid(gates.astype(jnp.float32)) / 16]
 
     def copy(query, key, *_):
         # As many bytes read and written as attention reads and writes, but of decays.
@@ -326,6 +322,7 @@ def linear(kind: str, batch: int, length: int, heads: int, size: int) -> Case:
         functools.partial(linear, kind, 2, 1024, heads, size),
         "bfloat16",
         yardsticks={"copy": copy, "causal cudnn": softmax},
+        prepare=gates if kind == "per channel" else list,
     )
 
 

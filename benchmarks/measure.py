@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import pathlib
@@ -81,15 +82,27 @@ def run(case: Case, names: list[str]) -> Iterator[Row]:
             )
 
 
-def check(case: Case, names: list[str]) -> None:
-    """Raises unless candidates match the float64 reference, gradients included."""
-    arrays = case.arrays()
-    reference = case.candidates["reference"]
+def check(
+    case: Case, names: list[str], alone: Callable = contextlib.nullcontext
+) -> None:
+    """Raises unless candidates match the float64 reference, gradients included.
+
+    All but compiling is done in the context that `alone` makes.
+    """
+    with alone():
+        arrays = case.arrays()
+
+    def run(name, arrays):
+        fn = jax.jit(_checked(case, case.candidates[name]))
+        program = fn.lower(*arrays).compile()
+        with alone():
+            return jax.block_until_ready(program(*arrays))
+
     with jax.enable_x64(True):
         wide = [jnp.asarray(np.asarray(x, np.float64)) for x in arrays]
-        wanted = _checked(case, reference)(*wide)
+        wanted = run("reference", wide)
     for name in names:
-        got = jax.jit(_checked(case, case.candidates[name]))(*arrays)
+        got = run(name, arrays)
         for i, (x, y) in enumerate(zip(got, wanted, strict=True)):
             what = f"result {i}" if i else "output"
             bound = ERRORS[case.dtype][min(i, 1)]

@@ -189,7 +189,7 @@ _passkey = functools.partial(
 )
 # The window has as many keys as the last query sees of spans and its own window. The
 # layer below, which tells anchors what is near, forgets within 32 tokens, or 64.
-_needle = functools.partial(_experiment, needles=8, values=8, num_layers=2, window=210)
+_needle = functools.partial(_experiment, needles=2, values=8, num_layers=2, window=210)
 EXPERIMENTS = {
     "passkey-power": _passkey("passkey-power", "power"),
     "passkey-window": _passkey("passkey-window", "window"),

@@ -51,7 +51,7 @@ PRESETS = {
     "based": _preset("based", "convolution", "taylor", "window", mlp_dim=864),
     "window": _preset("window", "window", window=128),
     "power": _preset("power", "power", block_size=32),
-    "moba": _preset("moba", "moba"),
+    "moba": _preset("moba", "moba", block_size=128, top_k=3),
     # Routing Transformer (arXiv:2003.05997): half of the last layer's heads.
     "routing": _preset("routing", *["window"] * 5, "routing", window=128),
     "gated-linear": _preset("gated-linear", "gated_linear", **_GATED),

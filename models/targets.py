@@ -131,7 +131,7 @@ SECTIONS = (
         "eight ranges of distance. A passkey is one value of sixteen (chance 0.063), "
         "for six layers that see blocks at powers of two (PowerAttention, "
         "arXiv:2503.03588), or a window of as many keys, 62 in the mean, which reach "
-        "366 back. Needles are eight, each of eight values (chance 0.125), for a layer "
+        "366 back. Needles are two, each of eight values (chance 0.125), for a layer "
         "of short memory below one of attention: Superlinear (arXiv:2601.18401), a "
         "window of as many keys, or dense.",
         {

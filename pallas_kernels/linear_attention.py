@@ -30,9 +30,10 @@ from pallas_kernels.mosaic import COL, ROW, TILE
 
 # Of the state, what one block of threads holds.
 _COLUMNS, _ELEMENTS = 128, 128 * 128
-# Of a sum with float32's 24 bits, tokens that weigh less than this to the last one's 1
-# are not seen, unless they are 2^24 times as large.
-_FORGOTTEN = -48.0
+# Tokens that weigh less than this to the last one's 1, as a power of 2, are not read:
+# unless they are 2^8 times as large, float32 rounds them away, and unless they are 2^24
+# times as large, the outputs' bfloat16.
+_FORGOTTEN = -32.0
 
 
 class Decay(NamedTuple):

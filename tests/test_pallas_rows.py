@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from helpers import normal, relative_rms
 
-import attnx
 from attnx import select
 from attnx.softmax import pallas
 from pallas_kernels import mosaic
@@ -17,7 +16,6 @@ T, S, BLOCK = 300, 384, 128
 LONG = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="takes long before jax 0.11"
 )
-GATHERING = attnx.KernelConfig(gathers=True)
 
 
 def routed(query, key, value, implementation, scope="head"):
@@ -40,7 +38,7 @@ def test_rows_of_each_block_are_gathered(tiles, monkeypatch):
     monkeypatch.setattr(pallas, "_tiles_in_turn", lambda *_: tiles)
     args = normal(0, (1, T, 2, 32), (1, S, 1, 32), (1, S, 1, 32), dtype="bfloat16")
     with mosaic.interpret():
-        got = jax.jit(functools.partial(routed, implementation=GATHERING))(*args)
+        got = jax.jit(functools.partial(routed, implementation="pallas"))(*args)
     # Float32 values of the same inputs, so that both choose the same blocks.
     wide = [x.astype(jnp.float32) for x in args]
     want = routed(*wide, implementation="reference")
@@ -61,7 +59,7 @@ def test_gradients_of_gathered_rows(scope):
         return jax.grad(loss, (0, 1, 2))(*args)
 
     with mosaic.interpret():
-        got = jax.jit(functools.partial(grads, GATHERING))(*args)
+        got = jax.jit(functools.partial(grads, "pallas"))(*args)
     want = grads("reference", *(x.astype(jnp.float32) for x in args))
     for found, right in zip(got, want, strict=True):
         assert relative_rms(found, right) < 1e-2

@@ -204,12 +204,13 @@ def test_choice_by_query_blocks_is_block_lists():
     chex.assert_trees_all_close(got, want, atol=2e-6)
 
 
-def routed(choice, implementation):
+def routed(choice, implementation, beside=None):
     return lambda *arrays: select.routed_attention(
         *arrays,
         choice,
         select.Blocks.regular(T, BLOCK),
         block_size=BLOCK,
+        beside=beside,
         scale=0.5,
         implementation=implementation,
         return_residual=True,
@@ -237,6 +238,26 @@ def test_heads_may_be_routed_in_turn(name, monkeypatch):
     arrays = normal(1, (B, T, N, H), (B, T, K, H), (B, T, K, H))
     choice = CHOICES[name](scores())
     assert_matches(routed(choice, "xla"), routed(choice, "reference"), arrays)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("scope", ["row", "layer"])
+def test_what_is_seen_beside_is_merged(scope, traced, monkeypatch):
+    """Earlier blocks are chosen, the own one is seen; the heads take turns."""
+    monkeypatch.setattr("attnx.select.routed._PAIRS", 1)
+    arrays = normal(1, (B, T, N, H), (B, T, K, H), (B, T, K, H))
+    own = np.arange(T) // BLOCK
+    valid = own[:, None] > np.arange(COUNT)
+    choice = select.top_k_blocks(scores(), 2, valid=valid, scope=scope)
+
+    def attend(implementation, *arrays):
+        ids = jnp.asarray(own) + (0 * arrays[0][0, 0, 0, 0] if traced else 0)
+        beside = masks.Segments(ids.astype(jnp.int32)) & masks.Causal()
+        return routed(choice, implementation, beside)(*arrays)
+
+    assert_matches(
+        functools.partial(attend, "xla"), functools.partial(attend, "reference"), arrays
+    )
 
 
 @pytest.mark.parametrize("rest", [False, True])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -87,19 +86,15 @@ def moba_attention(
     # Whoever asks for no kernel gets none for the choice either.
     plain = implementation if implementation in ("reference", "xla") else None
     choice = _choose(query, key, cut, top_k, implementation=plain)
-    attend = functools.partial(
-        dot_product_attention,
-        query,
-        key,
-        value,
-        scale=scale,
-        implementation=implementation,
-        return_residual=True,
-    )
+    options = {
+        "scale": scale,
+        "implementation": implementation,
+        "return_residual": True,
+    }
     if choice is None or implementation == "reference":
-        out, lse = attend(mask=_mask(choice, cut))
+        mask = _mask(choice, cut)
+        out, lse = dot_product_attention(query, key, value, mask=mask, **options)
     else:
-        own, own_lse = attend(mask=_mask(None, cut))
         out, lse = routed_attention(
             query,
             key,
@@ -107,10 +102,8 @@ def moba_attention(
             choice,
             cut.blocks,
             block_size=block_size,
-            rest=(own, own_lse),
-            scale=scale,
-            implementation=implementation,
-            return_residual=True,
+            beside=_mask(None, cut),
+            **options,
         )
     return (out, lse) if return_residual else out
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnx._checks import expect, expect_shape
+from attnx._checks import expect, is_traced
 from attnx.select.blocks import Blocks, check_block_size, in_blocks
 from attnx.select.choice import Choice
 from attnx.select.chosen import Chosen
@@ -45,7 +45,7 @@ def routed_attention(
     blocks: Blocks,
     *,
     block_size: int,
-    rest: tuple[jax.Array, jax.Array] | None = None,
+    beside: Mask | None = None,
     scale: float | jax.Array | None = None,
     implementation: str | KernelConfig | None = None,
     return_residual: bool = False,
@@ -63,16 +63,16 @@ def routed_attention(
       choice: of T rows a head, such as `top_k_blocks` gives.
       blocks: the cut of the S keys; a block is a run of tokens, `block_size` at most.
       block_size: tokens of the longest block.
-      rest: output and log-sum-exp of attention to other keys, `[B, T, N, V]` and
-        `[B, T, N]`, to merge with as `merge_attention` does, in the same pass.
+      beside: which other keys each query sees, the same in all heads: none that it
+        chose. Attended apart, a few heads at a time, and merged in the same pass.
       scale: factor on the scores, by default `H ** -0.5`.
       implementation: of the attention in each block, as in `dot_product_attention`;
         "reference" is the mask above over all pairs.
       return_residual: also return the log-sum-exp.
 
     Returns:
-      As `dot_product_attention`: a query that chose nothing, and has no `rest`, gives 0
-      and -inf.
+      As `dot_product_attention`: a query that chose nothing, and sees nothing beside,
+      gives 0 and -inf.
 
     Raises:
       ValueError: shapes that do not fit.
@@ -96,53 +96,50 @@ def routed_attention(
     expect(choice.grid == grid, "choice", f"the grid {grid}", choice.grid)
     key_len = blocks.ids.shape[1]
     expect(key_len == key.shape[1], "blocks", f"{key.shape[1]} tokens", key_len)
-    if rest is not None:
-        out, lse = (jnp.asarray(x) for x in rest)
-        shape = (*query.shape[:3], value.shape[3])
-        expect_shape("rest's output", out, shape)
-        expect_shape("rest's log-sum-exp", lse, shape[:3])
-        rest = out, lse
     if implementation == "reference":
-        found = dot_product_attention(
+        mask = Chosen(choice.to_tiles(), blocks.ids)
+        out, lse = dot_product_attention(
             query,
             key,
             value,
-            mask=Chosen(choice.to_tiles(), blocks.ids),
+            mask=mask if beside is None else mask | beside,
             scale=scale,
             implementation="reference",
             return_residual=True,
         )
-        out, lse = _merge(rest, found)
         return (out, lse) if return_residual else out
 
     if not isinstance(scale, int | float | None):
         # A traced scale has a gradient, which the query's gives.
         query, scale = query * jnp.asarray(scale, query.dtype), 1.0
+    options = {"scale": scale, "implementation": implementation}
+    near = functools.partial(dot_product_attention, return_residual=True, **options)
     attend_heads = functools.partial(
         _attend,
         block_size=block_size,
         per_row=None if choice.rows.shape[1] < heads else choice.per_row,
-        scale=scale,
-        implementation=implementation,
+        near=near,
+        **options,
     )
     plan = functools.partial(plan_tiles, tile=min(_TILE, block_size))
+    arrays = query, key, value
     if choice.rows.shape[1] < heads:
-        found = _as_one_head(attend_heads, plan, query, key, value, choice, blocks)
-        out, lse = _merge(rest, found)
+        out, lse = _as_one_head(attend_heads, plan, *arrays, choice, blocks)
+        if beside is not None:
+            other = near(*arrays, mask=beside)
+            out, lse = merge_attention(*zip((out, lse), other, strict=True))
     else:
         lists = plan(choice.rows, choice.blocks, num_rows=length, count=blocks.count)
-        arrays = (query, key, value, *(rest or ()))
         pairs = choice.rows.shape[-1]
-        out, lse = _by_heads(attend_heads, arrays, pairs, lists, blocks)
+        out, lse = _by_heads(attend_heads, arrays, pairs, lists, (blocks, beside))
     return (out, lse) if return_residual else out
 
 
-def _merge(rest, found):
-    return found if rest is None else merge_attention(*zip(rest, found, strict=True))
+def _by_heads(attend, arrays, pairs, lists, seen):
+    """`attend` on so many heads at a time as memory should hold the parts of.
 
-
-def _by_heads(attend, arrays, pairs, lists, blocks):
-    """`attend` on so many heads at a time as memory should hold the parts of."""
+    `seen` are the cut into blocks and the mask beside it.
+    """
     batch, _, heads, _ = arrays[0].shape
     key_heads = arrays[1].shape[2]
     group = heads // key_heads
@@ -153,11 +150,12 @@ def _by_heads(attend, arrays, pairs, lists, blocks):
         if key_heads % n == 0 and (n == 1 or n * pairs <= _PAIRS)
     )
     if at_once == key_heads:
-        return attend(*arrays, lists=lists, blocks=blocks)
-    # A cut that is known stays so: it is no argument of the program then.
-    known = blocks if isinstance(blocks.ids, np.ndarray) else None
+        return attend(*arrays, lists=lists, seen=seen)
+    # What is known stays so: it is no argument of the program then.
+    known = tuple(None if is_traced(x) else x for x in seen)
+    given = tuple(x if is_traced(x) else None for x in seen)
     turns = _Turns(attend, key_heads // at_once, known)
-    return _in_turn(turns, arrays, lists, None if known else blocks)
+    return _in_turn(turns, arrays, lists, given)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -166,11 +164,12 @@ class _Turns:
 
     attend: Callable
     steps: int
-    blocks: Blocks | None
+    known: tuple[Blocks | None, Mask | None]
 
-    def run(self, body, carry, arrays, lists, blocks):
+    def run(self, body, carry, arrays, lists, given):
         """Runs `body(heads of arrays, attend)` a step, and writes what it gives."""
-        blocks = blocks or self.blocks
+        pairs = zip(given, self.known, strict=True)
+        seen = tuple(x if y is None else y for x, y in pairs)
 
         def part(x, i, axis):
             size = x.shape[axis] // self.steps
@@ -178,7 +177,7 @@ class _Turns:
 
         def step(i, carry):
             chosen = [part(x, i, 1) for x in lists]
-            attend = functools.partial(self.attend, lists=chosen, blocks=blocks)
+            attend = functools.partial(self.attend, lists=chosen, seen=seen)
             found = body([part(x, i, 2) for x in arrays], attend)
             write = jax.lax.dynamic_update_slice_in_dim
             return tuple(
@@ -190,16 +189,14 @@ class _Turns:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _in_turn(turns, arrays, lists, blocks):
-    query, _, value, *rest = arrays
-    if not rest:
-        # Made from the query, so as to be laid out over devices as it is.
-        zero = jnp.zeros_like(query[..., :1])
-        out = jnp.broadcast_to(zero, (*zero.shape[:-1], value.shape[-1]))
-        lse = zero[..., 0].astype(jnp.promote_types(query.dtype, jnp.float32))
-        rest = out, lse
-    # A step writes over what it merges with.
-    return turns.run(lambda heads, attend: attend(*heads), rest, arrays, lists, blocks)
+def _in_turn(turns, arrays, lists, given):
+    query, _, value = arrays
+    # Made from the query, so as to be laid out over devices as it is.
+    zero = jnp.zeros_like(query[..., :1])
+    out = jnp.broadcast_to(zero, (*zero.shape[:-1], value.shape[-1]))
+    lse = zero[..., 0].astype(jnp.promote_types(query.dtype, jnp.float32))
+    run = lambda heads, attend: attend(*heads)
+    return turns.run(run, (out, lse), arrays, lists, given)
 
 
 def _in_turn_forward(turns, *operands):
@@ -208,14 +205,13 @@ def _in_turn_forward(turns, *operands):
 
 def _in_turn_backward(turns, operands, grads):
     """Attends again, a step's heads at a time: parts are not kept."""
-    arrays, lists, blocks = operands
-    count = len(arrays)
+    arrays, lists, given = operands
 
     def run(heads, attend):
-        return jax.vjp(attend, *heads[:count])[1](tuple(heads[count:]))
+        return jax.vjp(attend, *heads[:3])[1](tuple(heads[3:]))
 
     carry = map(jnp.zeros_like, arrays)
-    found = turns.run(run, carry, (*arrays, *grads), lists, blocks)
+    found = turns.run(run, carry, (*arrays, *grads), lists, given)
     return found, None, None
 
 
@@ -237,7 +233,7 @@ def _as_one_head(attend, plan, query, key, value, choice, blocks):
     query, key, value = (_fold(x) for x in (query, key, value))
     rows = query.shape[1]
     lists = plan(choice.rows, chosen, num_rows=rows, count=every.count)
-    out, lse = attend(query, key, value, lists=lists, blocks=every)
+    out, lse = attend(query, key, value, lists=lists, seen=(every, None))
     return _unfold(out, length), _unfold(lse, length)
 
 
@@ -245,16 +241,19 @@ def _attend(
     query,
     key,
     value,
-    *rest,
+    *,
     lists,
-    blocks,
+    seen,
     block_size,
     per_row,
+    near,
     scale,
     implementation,
 ):
-    """Attention of `[B, T, N, H]` by the lists of `plan_tiles`, merged with `rest`."""
+    """Attention of `[B, T, N, H]` by the lists of `plan_tiles`, and beside them."""
     batch, length = query.shape[:2]
+    blocks, beside = seen
+    rest = None if beside is None else near(query, key, value, mask=beside)
     count = blocks.count
     # Longer blocks are visited in steps, of which only the last needs a predicate.
     step = min(block_size, _TILE)
@@ -292,7 +291,6 @@ def _attend(
         rows=Rows(rows, place, per_row),
     )
     merge = functools.partial(merged_parts, per_row, length)
-    rest = tuple(rest) or None
     return jax.vmap(jax.vmap(merge, (1, 1, 0, 0, 1), 1))(out, lse, rows, place, rest)
 
 

@@ -125,8 +125,6 @@ def attend(
                 block_mask=order.lists(),
                 transposed=order.transposed,
             )
-        if rows is not None and not config.gathers:
-            query, rows = rows.take(query), None
         size, grad_size = pallas.block_sizes(query, value, config)
         blocks = block_mask(size)
         grad_blocks = blocks if size == grad_size else block_mask(grad_size)

@@ -60,13 +60,9 @@ class KernelConfig:
       deterministic: the backward sums in a fixed order, for 8 products a tile in place
         of 5. By default gradients of queries are summed as they come, in float32. Head
         sizes above 128 are always summed in a fixed order.
-      gathers: where each query chose its blocks, the forward kernel gathers queries
-        itself; by default XLA does before. Interpreted and compiled, never run on a
-        GPU: only on request.
     """
 
     deterministic: bool = False
-    gathers: bool = False
 
 
 def attention(
