@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from attnx._checks import expect, expect_float
-from attnx.select.ranking import best_of, reach, running_sum
+from attnx.select.ranking import best_of, heaviest, running_sum
 from attnx.softmax.block_mask import BlockMask
 from attnx.softmax.mask import Mask, mask_class
 
@@ -159,16 +159,17 @@ def threshold_blocks(
         "an integer of at least 1",
         max_blocks,
     )
-    scores = jnp.where(valid, scores, 0)
+    mass = jnp.where(valid, scores, 0)
     ranked = jnp.where(valid, jnp.where(forced, jnp.inf, scores), -jnp.inf)
-    ranked, first = (_flat(x, scope) for x in (ranked, forced & valid))
+    first = forced & valid
+    mass, ranked, first, before = (
+        _flat(x, scope) for x in (mass, ranked, first, jnp.where(first, scores, 0))
+    )
     slots = _slots(scores.shape, max_blocks, scope)
     # Scores that are all 0 have no best: any share of them takes all.
-    mass = _flat(scores, scope)
-    wanted = threshold * (mass.sum(-1) + 1e-6)
-    # As many as come before the share is reached, and one that is not forced.
-    enough = jnp.maximum(reach(ranked, mass, wanted), first.sum(-1) + 1)
-    best = best_of(ranked, jnp.minimum(enough, slots))
+    wanted = threshold * (mass.sum(-1) + 1e-6) - before.sum(-1)
+    # As many as bring the share, and one that is not forced.
+    best = heaviest(ranked, wanted, least=first.sum(-1) + 1, most=slots)
     return _listed(best, valid, scope, slots)
 
 

@@ -8,52 +8,80 @@ import jax.numpy as jnp
 
 def best_of(ranked, count):
     """The `count` best of `[..., size]`, bool; of equals those that come first."""
-    order = _ordered(ranked)
     count = jnp.asarray(count)
-    last = _largest(order, lambda x: x.sum(-1) >= count)[..., None]
-    above, equal = order > last, order == last
-    left = count - above.sum(-1)
+    last = _largest(lambda value: _sums(ranked >= value[..., None]) >= count, ranked)
+    return _first_of(ranked, last, count)
+
+
+def heaviest(ranked, wanted, *, least, most):
+    """The best of `[..., size]` up to where their sum comes to `wanted`, bool.
+
+    At least `least` and at most `most` of them. No number is negative but -inf, which,
+    like inf, adds nothing to the sum.
+    """
+
+    def holds(value):
+        seen = ranked >= value[..., None]
+        count = _sums(seen)
+        total = _sums(jnp.where(seen & jnp.isfinite(ranked), ranked, 0))
+        return (count >= most) | (total >= wanted) & (count >= least)
+
+    last = _largest(holds, ranked)
+    above, equal = _beside(ranked, last)
+    # Of equals as many as the sum needs: all, if they are 0 or nothing is enough.
+    ties = _sums(equal)
+    rest = wanted - _sums(jnp.where(above & jnp.isfinite(ranked), ranked, 0))
+    weighs = jnp.isfinite(last) & (last > 0)
+    few = jnp.ceil(rest / jnp.where(weighs, last, 1))
+    few = jnp.minimum(few, 2.0**30).astype(jnp.int32)
+    few = jnp.where(weighs, jnp.clip(few, 0, ties), jnp.where(rest > 0, ties, 0))
+    count = jnp.minimum(jnp.maximum(_sums(above) + few, least), most)
+    return _first_of(ranked, last, count)
+
+
+def _first_of(ranked, last, count):
+    """What is above `last`, and of its equals the first, `count` in all."""
+    above, equal = _beside(ranked, last)
+    left = count - _sums(above)
     return above | equal & (running_sum(equal) <= left[..., None])
 
 
-def reach(ranked, mass, wanted):
-    """How many of the best are begun before their mass comes to what is wanted."""
-    order = _ordered(ranked)
-    sum_of = lambda x: jnp.where(x, mass, 0).sum(-1)
-    last = _largest(order, lambda x: sum_of(x) >= wanted)
-    above, equal = order > last[..., None], order == last[..., None]
-    each = jnp.max(jnp.where(equal, mass, 0), -1)
-    rest = wanted - sum_of(above)
-    ties = jnp.ceil(rest / jnp.where(each > 0, each, 1))
-    ties = jnp.where(each > 0, ties, jnp.where(rest > 0, jnp.inf, 0))
-    return above.sum(-1) + jnp.minimum(ties, equal.sum(-1)).astype(jnp.int32)
+def _beside(ranked, last):
+    return ranked > last[..., None], ranked == last[..., None]
 
 
-def _ordered(x):
-    """Floats as unsigned integers in the same order."""
-    x = x + 0  # -0 and 0 are equal.
-    bits = jnp.finfo(x.dtype).bits
+def _sums(x):
+    return x.sum(-1, dtype=jnp.int32 if x.dtype == bool else x.dtype)
+
+
+def _largest(holds, like):
+    """The largest float of which `holds(value)`, or -inf, two bits at a time.
+
+    It holds of all smaller ones too. The floats are `[...]`, one for
+    each row of `like`, `[..., size]`.
+    """
+    bits = jnp.finfo(like.dtype).bits
     dtype = jnp.dtype(f"uint{bits}")
     top = jnp.array(1 << (bits - 1), dtype)
-    x = jax.lax.bitcast_convert_type(x, dtype)
-    return jnp.where(x >= top, ~x, x | top)
 
+    def float_of(order):
+        """Floats have the order of these integers."""
+        x = jnp.where(order >= top, order ^ top, ~order)
+        return jax.lax.bitcast_convert_type(x, like.dtype)
 
-def _largest(order, holds):
-    """The largest value of which `holds(order >= value)`, or 0, two bits at a time."""
-    bits = jnp.iinfo(order.dtype).bits
-
-    def step(i, value):
-        shift = (bits - 2 - 2 * i).astype(order.dtype)
-        base = value
+    def step(i, order):
+        shift = (bits - 2 - 2 * i).astype(dtype)
+        base = order
         # Three questions, which the compiler asks in one pass over the numbers.
         for digit in (1, 2, 3):
-            more = base | jnp.left_shift(jnp.array(digit, order.dtype), shift)
-            value = jnp.where(holds(order >= more[..., None]), more, value)
-        return value
+            more = base | jnp.left_shift(jnp.array(digit, dtype), shift)
+            value = float_of(more)
+            order = jnp.where(holds(value) & ~jnp.isnan(value), more, order)
+        return order
 
-    start = jnp.zeros_like(order[..., 0])
-    return jax.lax.fori_loop(0, bits // 2, step, start)
+    start = jnp.zeros_like(like[..., 0], dtype)
+    last = float_of(jax.lax.fori_loop(0, bits // 2, step, start))
+    return jnp.where(jnp.isnan(last), -jnp.inf, last)
 
 
 def running_sum(x):
