@@ -37,7 +37,7 @@ def _preset(name: str, *pattern: str, **sizes) -> TextExperiment:
 
 
 # Longer, for routers to settle.
-_ROUTED = dataclasses.replace(_TRAINING, steps=2000)
+_ROUTED = dataclasses.replace(_TRAINING, steps=1600)
 _HEADS = {"num_heads": 12, "shared_heads": 5, "active_heads": 9}
 _GATED = {"mlp_dim": 768}
 PRESETS = {

@@ -34,19 +34,19 @@ def _sizes(num_points: int) -> dict[str, tuple[int, ...]]:
 _RANGE = {"lengths": (5, 50), "test_lengths": (5, 10, 50, 100, 200)}
 _BEAM = {"problem": "tsp", "beam_width": 16}
 PRESETS = {
-    "hull": _preset("hull", 50_000, **_sizes(50)),
-    "hull-range": _preset("hull-range", 50_000, **_RANGE),
+    "hull": _preset("hull", 30_000, **_sizes(50)),
+    "hull-range": _preset("hull-range", 30_000, **_RANGE),
     "hull-range-attention": _preset(
-        "hull-range-attention", 8000, "attention", **_RANGE
+        "hull-range-attention", 4000, "attention", **_RANGE
     ),
-    "hull-attention": _preset("hull-attention", 8000, "attention", **_sizes(50)),
+    "hull-attention": _preset("hull-attention", 4000, "attention", **_sizes(50)),
     "delaunay": _preset("delaunay", 30_000, problem="delaunay", **_sizes(10)),
     "delaunay-5": _preset("delaunay-5", 30_000, problem="delaunay", **_sizes(5)),
     "delaunay-5-attention": _preset(
-        "delaunay-5-attention", 8000, "attention", problem="delaunay", **_sizes(5)
+        "delaunay-5-attention", 4000, "attention", problem="delaunay", **_sizes(5)
     ),
     "delaunay-attention": _preset(
-        "delaunay-attention", 12_000, "attention", problem="delaunay", **_sizes(10)
+        "delaunay-attention", 6000, "attention", problem="delaunay", **_sizes(10)
     ),
     "tsp": _preset("tsp", 40_000, **_BEAM, **_sizes(10)),
     "tsp-20": _preset("tsp-20", 25_000, **_BEAM, **_sizes(20)),
