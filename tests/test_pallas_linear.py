@@ -307,3 +307,20 @@ def test_matches_the_reference_on_a_gpu(name, dtype):
         arrays(name, dtype),
         gradient_error=gradient_error(name, dtype),
     )
+
+
+@pytest.mark.parametrize(
+    ("shape", "pieces"),
+    [
+        ((8, 2048, 16), 1),  # 128 rows of heads fill the device.
+        ((1, 16384, 32), 4),
+        ((1, 131072, 16), 16),  # Long ones are twice as many as fill it.
+        ((16, 65536, 4), 4),
+        ((1, 1 << 20, 4), 64),
+        ((1, 500, 1), 1),
+        ((1, 100 * 128, 16), 5),  # The next number below that divides the chunks.
+    ],
+)
+def test_pieces_fill_the_device(shape, pieces):
+    query = jax.ShapeDtypeStruct((*shape, 128), jnp.bfloat16)
+    assert pallas.number_of_pieces(query) == pieces

@@ -31,6 +31,9 @@ HEAD_SIZES = (64, 128, 256)
 _BLOCKS = 132
 # Shorter pieces spend more on their states than they gain.
 _MIN_CHUNKS = 4
+# Pieces of so many chunks may be twice as many as fill the device: heads that forget
+# have summed their states at once, and those that do not are left with more of it.
+_LONG_CHUNKS = 64
 # A log decay below which float32 knows no weight: e^-128 is 0.
 _LEAST = -128.0
 _PLAIN: dict[str, Any] = {"reverse": False, "normalize": False}
@@ -378,6 +381,8 @@ def number_of_pieces(query: jax.Array) -> int:
     batch, length, heads, _ = query.shape
     chunks = -(-length // CHUNK)
     most = max(1, min(_BLOCKS // (batch * heads), chunks // _MIN_CHUNKS))
+    if most > 1 and chunks >= 2 * most * _LONG_CHUNKS:
+        most *= 2
     even = max(n for n in range(1, most + 1) if chunks % n == 0)
     return even if 2 * even > most else most
 
