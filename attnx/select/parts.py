@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,25 @@ def plan_tiles(rows, blocks, *, num_rows, count, tile):
     fill = functools.partial(_fill_tiles, num_rows=num_rows, count=count, tile=tile)
     order = jax.vmap(functools.partial(_order, count=count))(blocks)
     return jax.vmap(jax.vmap(fill))(rows, blocks, order)
+
+
+def split_tiles(lists, shares):
+    """What `plan_tiles` returned, in runs of tiles that are such shares of all."""
+    rows, place, block, used = lists
+    tiles = block.shape[2]
+    tile = rows.shape[2] // tiles
+    total = sum(shares)
+    bounds = sorted({tiles * x // total for x in (0, *itertools.accumulate(shares))})
+    for first, stop in itertools.pairwise(bounds):
+        size = (stop - first) * tile
+        inside = place - first * tile
+        inside = jnp.where((inside >= 0) & (inside < size), inside, size)
+        yield (
+            rows[:, :, first * tile : stop * tile],
+            inside,
+            block[:, :, first:stop],
+            used[:, :, first:stop],
+        )
 
 
 def _order(blocks, *, count):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 
+@jax.jit
 def best_of(ranked, count):
     """The `count` best of `[..., size]`, bool; of equals those that come first."""
     count = jnp.asarray(count)
@@ -13,6 +14,7 @@ def best_of(ranked, count):
     return _first_of(ranked, last, count)
 
 
+@jax.jit
 def heaviest(ranked, wanted, *, least, most):
     """The best of `[..., size]` up to where their sum comes to `wanted`, bool.
 

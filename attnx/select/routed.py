@@ -20,7 +20,7 @@ from attnx._checks import expect, is_traced
 from attnx.select.blocks import Blocks, check_block_size, in_blocks
 from attnx.select.choice import Choice
 from attnx.select.chosen import Chosen
-from attnx.select.parts import Rows, merged_parts, plan_tiles
+from attnx.select.parts import Rows, merged_parts, plan_tiles, split_tiles
 from attnx.softmax import (
     BlockMask,
     KernelConfig,
@@ -35,6 +35,9 @@ from attnx.softmax.merge import merge_attention
 _TILE = 128
 # Pairs of rows and blocks attended at a time, if one head has no more.
 _PAIRS = 1 << 19
+# Where heads take turns, the shares of pairs attended one after the other, so that
+# memory holds the parts of one. With the first it also holds what is beside.
+_SHARES = (7, 9)
 
 
 def routed_attention(
@@ -154,6 +157,7 @@ def _by_heads(attend, arrays, pairs, lists, seen):
     # What is known stays so: it is no argument of the program then.
     known = tuple(None if is_traced(x) else x for x in seen)
     given = tuple(x if is_traced(x) else None for x in seen)
+    attend = functools.partial(attend, shares=_SHARES)
     turns = _Turns(attend, key_heads // at_once, known)
     return _in_turn(turns, arrays, lists, given)
 
@@ -249,11 +253,12 @@ def _attend(
     near,
     scale,
     implementation,
+    shares=(1,),
 ):
     """Attention of `[B, T, N, H]` by the lists of `plan_tiles`, and beside them."""
     batch, length = query.shape[:2]
     blocks, beside = seen
-    rest = None if beside is None else near(query, key, value, mask=beside)
+    merged = None if beside is None else near(query, key, value, mask=beside)
     count = blocks.count
     # Longer blocks are visited in steps, of which only the last needs a predicate.
     step = min(block_size, _TILE)
@@ -264,34 +269,42 @@ def _attend(
     if not isinstance(sizes, np.ndarray) or (sizes % step).any():
         mask = _Inside(jnp.asarray(sizes), steps * step)
 
-    rows, place, block, used = lists
-    size = jnp.take_along_axis(
-        jnp.broadcast_to(jnp.asarray(sizes)[:, None], (batch, 1, count)), block, 2
-    )
-    is_short = (size % step > 0).astype(jnp.int32)
-    order = jnp.arange(steps) - is_short[..., None]
-    order = jnp.where(order < 0, (size // step)[..., None], order)
-    out, lse = attend(
-        "routed_attention",
-        query,
-        key,
-        value,
-        None,
-        mask=BlockMask(
-            jnp.minimum(block[..., None] * steps + order, count * steps - 1),
-            used * (size // step + is_short),
-            used * is_short,
-            Full() if mask is None else mask,
-            query_len=rows.shape[2],
-            key_len=key.shape[1],
-            block_size=(rows.shape[2] // block.shape[2], step),
-        ),
-        scale=scale,
-        implementation=implementation,
-        rows=Rows(rows, place, per_row),
-    )
-    merge = functools.partial(merged_parts, per_row, length)
-    return jax.vmap(jax.vmap(merge, (1, 1, 0, 0, 1), 1))(out, lse, rows, place, rest)
+    def part(query, lists, rest):
+        rows, place, block, used = lists
+        size = jnp.take_along_axis(
+            jnp.broadcast_to(jnp.asarray(sizes)[:, None], (batch, 1, count)), block, 2
+        )
+        is_short = (size % step > 0).astype(jnp.int32)
+        order = jnp.arange(steps) - is_short[..., None]
+        order = jnp.where(order < 0, (size // step)[..., None], order)
+        out, lse = attend(
+            "routed_attention",
+            query,
+            key,
+            value,
+            None,
+            mask=BlockMask(
+                jnp.minimum(block[..., None] * steps + order, count * steps - 1),
+                used * (size // step + is_short),
+                used * is_short,
+                Full() if mask is None else mask,
+                query_len=rows.shape[2],
+                key_len=key.shape[1],
+                block_size=(rows.shape[2] // block.shape[2], step),
+            ),
+            scale=scale,
+            implementation=implementation,
+            rows=Rows(rows, place, per_row),
+        )
+        merge = functools.partial(merged_parts, per_row, length)
+        merge = jax.vmap(jax.vmap(merge, (1, 1, 0, 0, 1), 1))
+        return merge(out, lse, rows, place, rest)
+
+    for some in split_tiles(lists, shares):
+        # One after the other, so that memory holds the parts of one.
+        query, merged = jax.lax.optimization_barrier((query, merged))
+        merged = part(query, some, merged)
+    return merged
 
 
 def _cut(x, blocks, block_size, size):
