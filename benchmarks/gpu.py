@@ -40,12 +40,8 @@ def main() -> None:
     """Times the cases and candidates that the arguments name."""
     parser = argparse.ArgumentParser("python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--out", type=pathlib.Path, default=OUT)
-    parser.add_argument(
-        "--op", default="", help="what the mechanism's name has"
-    )
-    parser.add_argument(
-        "--case", default="", help="what the case's name has"
-    )
+    parser.add_argument("--op", default="", help="what the mechanism's name has")
+    parser.add_argument("--case", default="", help="what the case's name has")
     parser.add_argument("--candidate", action="append", help="one of the candidates")
     parser.add_argument("--commit", default="", help="by default git is asked")
     parser.add_argument("--limit", type=float, default=300, help="seconds a case")

@@ -50,6 +50,8 @@ def _run(run: dict) -> Iterator[str]:
     where = ("python", "jax", "attnx", "commit")
     stack = ", ".join(f"{name} {run[name]}" for name in where)
     yield f"\n## {run['device']}\n\n{stack}\n"
+    if note := run.get("note"):  # Of whoever measured.
+        yield f"{note}\n"
     on_gpu = run["platform"] == "gpu"
     if on_gpu:
         yield GPU
