@@ -14,6 +14,7 @@ import attnx
 from attnx import masks, parallel, select
 from benchmarks import peers
 from benchmarks.cases import Case
+from benchmarks.gpu_cases_linear import linear, step, taylor
 
 BLOCK = 128
 PIECES = 8
@@ -50,7 +51,7 @@ def cases() -> Iterator[Case]:
         yield linear("per head", TOKENS >> bits, 1 << bits, 4, 128)
     for kind in ("ring", "states"):
         yield in_pieces(kind, 1, 131072, 16, 128)
-    yield linear_step(256, 32, 128)
+    yield step(256, 32, 128)
     yield taylor(4, 4096, 32, 64)
     yield taylor(4, 4096, 32, 128)
     yield taylor(1, 16384, 32, 64)
@@ -78,7 +79,10 @@ def dense(
         "dot_product_attention",
         f"{kind} B{batch} T{length} N{heads}{of_keys} H{size}",
         ((batch, length, heads, size), *((batch, length, kv_heads, size),) * 2),
-        {"cudnn": _cudnn(**options), **_ours(attnx.dot_product_attention, **options)},
+        {
+            "cudnn": peers.cudnn(**options),
+            **peers.ours(attnx.dot_product_attention, **options),
+        },
         small,
         "bfloat16",
     )
@@ -103,7 +107,7 @@ def neighborhood(
         "neighborhood_attention",
         f"{_by(space)} kernel {_by(kernel)}{strided} B{batch} N{heads} H{size}",
         ((batch, *space, heads, size),) * 3,
-        _ours(attnx.neighborhood_attention, **options),
+        peers.ours(attnx.neighborhood_attention, **options),
         small,
         "bfloat16",
     )
@@ -129,10 +133,10 @@ def blocks(percent: int, batch: int, length: int, heads: int, size: int) -> Case
         "block_sparse_attention",
         f"blocks {percent}% B{batch} T{length} N{heads} H{size}",
         ((batch, length, heads, size),) * 3,
-        _ours(attention),
+        peers.ours(attention),
         functools.partial(blocks, percent, 1, 1024, 2, size),
         "bfloat16",
-        yardsticks={"dense cudnn": _cudnn()},
+        yardsticks={"dense cudnn": peers.cudnn()},
     )
 
 
@@ -143,10 +147,10 @@ def moba(batch: int, length: int, heads: int, size: int) -> Case:
         "moba_attention",
         f"moba block 128 top 8 B{batch} T{length} N{heads} H{size}",
         ((batch, length, heads, size),) * 3,
-        _ours(select.moba_attention, ("reference", "pallas"), **options),
+        peers.ours(select.moba_attention, ("reference", "pallas"), **options),
         functools.partial(moba, 1, 2048, 2, size),
         "bfloat16",
-        yardsticks={"causal cudnn": _cudnn(is_causal=True)},
+        yardsticks={"causal cudnn": peers.cudnn(is_causal=True)},
     )
 
 
@@ -162,14 +166,14 @@ def vmoba(
 
     def dense(*arrays):
         flat = (x.reshape(batch, -1, heads, size) for x in arrays)
-        return _cudnn()(*flat).reshape(arrays[0].shape)
+        return peers.cudnn()(*flat).reshape(arrays[0].shape)
 
     small = functools.partial(vmoba, 1, (20, 16, 10), (10, 8, 5), 2, 2, size)
     return Case(
         "vmoba_attention",
         f"vmoba {_by(space)} block {_by(block)} top {top_k} B{batch} N{heads} H{size}",
         ((batch, *space, heads, size),) * 3,
-        _ours(
+        peers.ours(
             select.vmoba_attention,
             ("reference", "pallas"),
             block_size=block,
@@ -206,7 +210,7 @@ def threshold(
         "vmoba_attention",
         f"vmoba {_by(space)} block {_by(block)} threshold B{batch} N{heads} H{size}",
         ((batch, *space, heads, size),) * 3,
-        _ours(
+        peers.ours(
             select.vmoba_attention,
             ("reference", "pallas"),
             block_size=block,
@@ -244,10 +248,10 @@ def power(batch: int, length: int, heads: int, size: int) -> Case:
         "dot_product_attention",
         f"power block 128 B{batch} T{length} N{heads} H{size}",
         ((batch, length, heads, size),) * 3,
-        _ours(attnx.dot_product_attention, ("reference", "pallas"), mask=mask),
+        peers.ours(attnx.dot_product_attention, ("reference", "pallas"), mask=mask),
         functools.partial(power, 1, 2048, 2, size),
         "bfloat16",
-        yardsticks={"window": window, "causal cudnn": _cudnn(is_causal=True)},
+        yardsticks={"window": window, "causal cudnn": peers.cudnn(is_causal=True)},
     )
 
 
@@ -271,58 +275,14 @@ def decode(batch: int, length: int, heads: int, kv_heads: int, size: int) -> Cas
         f"decode B{batch} S{length} N{heads} K{kv_heads} H{size}",
         ((batch, 1, heads, size), *((batch, length, kv_heads, size),) * 2),
         {
-            "cudnn": _cudnn(),
+            "cudnn": peers.cudnn(),
             "jax.nn": jax.nn.dot_product_attention,
-            **_ours(attention),
+            **peers.ours(attention),
         },
         functools.partial(decode, 2, 1024, heads, kv_heads, size),
         "bfloat16",
         ("forward",),
         {"copy": copy},
-    )
-
-
-def linear(kind: str, batch: int, length: int, heads: int, size: int) -> Case:
-    """Linear attention with a decay, beside a copy and beside causal softmax."""
-    tokens = (batch, length, heads, size)
-    shapes, candidates = (tokens,) * 3, {}
-    if kind == "per token":
-        shapes += (tokens[:3],)
-    elif kind == "per channel":
-        shapes += (tokens,)
-    else:
-        candidates["chunked_einsum"] = lambda query, key, value: peers.chunked_einsum(
-            query, key, value, attnx.decay.retnet(heads)
-        )
-
-    def attention(query, key, value, log_decay=None, *, implementation):
-        if log_decay is None:
-            log_decay = attnx.decay.retnet(heads)
-        return attnx.linear_attention(
-            query, key, value, log_decay=log_decay, implementation=implementation
-        )
-
-    def gates(arrays):
-        # As in Gated Linear Attention, from any numbers.
-        *tokens, gates = arrays
-        return [*tokens, jax.nn.log_sigmoid(gates.astype(jnp.float32)) / 16]
-
-    def copy(query, key, *_):
-        # As many bytes read and written as attention reads and writes, but of decays.
-        return -query, -key
-
-    def softmax(query, key, value, *_):
-        return _cudnn(is_causal=True)(query, key, value)
-
-    return Case(
-        "linear_attention",
-        f"{kind} decay B{batch} T{length} N{heads} H{size}",
-        shapes,
-        {**candidates, **_ours(attention)},
-        functools.partial(linear, kind, 2, 1024, heads, size),
-        "bfloat16",
-        yardsticks={"copy": copy, "causal cudnn": softmax},
-        prepare=gates if kind == "per channel" else list,
     )
 
 
@@ -361,7 +321,7 @@ def in_pieces(kind: str, batch: int, length: int, heads: int, size: int) -> Case
         "parallel",
         f"{kind} in {PIECES} pieces B{batch} T{length} N{heads} H{size}",
         ((batch, length, heads, size),) * 3,
-        {**_ours(whole, ("reference", "pallas")), "pieces": pieces},
+        {**peers.ours(whole, ("reference", "pallas")), "pieces": pieces},
         functools.partial(in_pieces, kind, 1, 2048, 2, size),
         "bfloat16",
         yardsticks={"zigzag": zigzag, "sending": sending} if kind == "ring" else {},
@@ -385,86 +345,6 @@ def _mapped(fn: Callable, axis_name: str) -> Callable:
 
     run.defvjp(forward, backward)
     return run
-
-
-def linear_step(batch: int, heads: int, size: int) -> Case:
-    """One token of linear attention, a decay a head, beside a copy of the state."""
-    token = (batch, 1, heads, size)
-
-    def step(state, query, key, value):
-        return attnx.linear_attention_step(
-            state,
-            *(x[:, 0] for x in (query, key, value)),
-            log_decay=attnx.decay.retnet(heads),
-        )
-
-    def reference(state, query, key, value):
-        out, state = attnx.linear_attention(
-            query,
-            key,
-            value,
-            log_decay=attnx.decay.retnet(heads),
-            initial_state=state,
-            implementation="reference",
-            return_state=True,
-        )
-        return out[:, 0], state
-
-    return Case(
-        "linear_attention_step",
-        f"step B{batch} N{heads} H{size}",
-        ((batch, heads, size, size), token, token, token),
-        {"reference": reference, "xla": step, "einsum": peers.linear_step},
-        functools.partial(linear_step, 2, heads, size),
-        "float32",
-        ("forward",),
-        {"copy": lambda state, *_: -state},
-    )
-
-
-def taylor(batch: int, length: int, heads: int, value_size: int) -> Case:
-    """Taylor attention, beside a copy, causal softmax and features written out."""
-    small, large = ((batch, length, heads, size) for size in (16, value_size))
-
-    def features(query, key, value):
-        # As wide as what they are multiplied with: else denominators come near 0.
-        query, key = (x.astype(jnp.float32) for x in (query, key))
-        query, key = map(attnx.feature_maps.taylor, (query, key))
-        out = attnx.linear_attention(
-            query, key, value, scale=1.0, normalize=True, implementation="xla"
-        )
-        return out.astype(value.dtype)
-
-    def copy(query, key, value):
-        # As many bytes read and written as attention reads and writes.
-        return -query, -value
-
-    def softmax(query, key, value):
-        return _cudnn(is_causal=True)(value, value, value)
-
-    return Case(
-        "taylor_attention",
-        f"taylor B{batch} T{length} N{heads} H16 V{value_size}",
-        (small, small, large),
-        {"features": features, **_ours(attnx.taylor_attention)},
-        functools.partial(taylor, 1, 512, 4, value_size),
-        "bfloat16",
-        yardsticks={"copy": copy, "causal cudnn": softmax},
-    )
-
-
-def _ours(
-    fn: Callable, names: tuple[str, ...] = ("reference", "xla", "pallas"), **options
-) -> dict[str, Callable]:
-    return {
-        name: functools.partial(fn, implementation=name, **options) for name in names
-    }
-
-
-def _cudnn(**options) -> Callable:
-    return functools.partial(
-        jax.nn.dot_product_attention, implementation="cudnn", **options
-    )
 
 
 def _by(numbers: tuple[int, ...]) -> str:

@@ -1,6 +1,9 @@
-"""What else a JAX user has: the same functions without attnx."""
+"""What is timed: the functions of attnx, and what else a JAX user has."""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -93,3 +96,19 @@ def chunked_einsum(query, key, value, log_decay):
     states = jnp.moveaxis(states, 0, 1)
     out += jnp.einsum("bcinh,bcnhv,in->bcinv", q, states, from_start)
     return size**-0.5 * out.reshape(batch, length, heads, -1)
+
+
+def ours(
+    fn: Callable, names: tuple[str, ...] = ("reference", "xla", "pallas"), **options
+) -> dict[str, Callable]:
+    """A function of attnx by each of its implementations."""
+    return {
+        name: functools.partial(fn, implementation=name, **options) for name in names
+    }
+
+
+def cudnn(**options) -> Callable:
+    """`jax.nn.dot_product_attention` by cuDNN."""
+    return functools.partial(
+        jax.nn.dot_product_attention, implementation="cudnn", **options
+    )
