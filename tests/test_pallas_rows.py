@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from helpers import normal, relative_rms
 
-from attnx import select
+from attnx import masks, select
+from attnx.select import routed as routed_module
 from attnx.softmax import pallas
 from pallas_kernels import mosaic
 
@@ -63,3 +64,32 @@ def test_gradients_of_gathered_rows(scope):
     want = grads("reference", *(x.astype(jnp.float32) for x in args))
     for found, right in zip(got, want, strict=True):
         assert relative_rms(found, right) < 1e-2
+
+
+@LONG
+def test_runs_of_tiles_are_merged_with_what_is_beside(monkeypatch):
+    attend = functools.partial(routed_module._attend, shares=(7, 9))
+    monkeypatch.setattr(routed_module, "_attend", attend)
+    args = normal(1, (1, T, 2, 32), (1, S, 1, 32), (1, S, 1, 32), dtype="bfloat16")
+    blocks = select.Blocks.regular(S, BLOCK)
+    later = np.arange(T)[:, None] // BLOCK > np.arange(blocks.count)
+    own = np.arange(S) // BLOCK
+    scores = select.block_scores(*args[:1], select.pool_mean(args[1], blocks))
+    choice = select.top_k_blocks(scores, 2, valid=later)
+
+    def run(implementation, *args):
+        return select.routed_attention(
+            *args,
+            choice,
+            blocks,
+            block_size=BLOCK,
+            beside=masks.Causal() & masks.Segments(own[:T], own),
+            implementation=implementation,
+            return_residual=True,
+        )
+
+    with mosaic.interpret():
+        got = jax.jit(functools.partial(run, "pallas"))(*args)
+    want = run("reference", *(x.astype(jnp.float32) for x in args))
+    np.testing.assert_allclose(got[1], want[1], atol=1e-2)
+    assert relative_rms(got[0], want[0]) < 5e-3
