@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +86,7 @@ def moba_attention(
     # Whoever asks for no kernel gets none for the choice either.
     plain = implementation if implementation in ("reference", "xla") else None
     choice = _choose(query, key, cut, top_k, implementation=plain)
-    options = {
+    options: dict[str, Any] = {
         "scale": scale,
         "implementation": implementation,
         "return_residual": True,

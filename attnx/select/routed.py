@@ -164,11 +164,14 @@ def _by_heads(attend, arrays, pairs, lists, seen):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Turns:
-    """How heads take turns: in how many steps, and what is not an array."""
+    """How heads take turns: in how many steps, and what is not an array.
+
+    `known` is what `_by_heads` calls `seen`, with None for what is an array.
+    """
 
     attend: Callable
     steps: int
-    known: tuple[Blocks | None, Mask | None]
+    known: tuple
 
     def run(self, body, carry, arrays, lists, given):
         """Runs `body(heads of arrays, attend)` a step, and writes what it gives."""
