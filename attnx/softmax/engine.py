@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -101,8 +102,9 @@ def attend(
         if sizes == (query_len, key_len) and lists is None and isinstance(mask, Mask):
             # One block has all pairs. With a list for each row of the batch the rows
             # would take turns; the predicate can tell of all of them at once.
-            every = np.ones((1, 1), bool)
-            blocks = BlockMask.from_tiles(every, *sizes, block_size=sizes, mask=mask)
+            one: Any = np.ones((1, 1, 1), np.int32)
+            first: Any = np.zeros((1, 1, 1, 1), np.int32)
+            blocks = BlockMask(first, one, one, mask, *sizes, sizes)
         else:
             blocks = block_mask(sizes)
         return xla.attention(
