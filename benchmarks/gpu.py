@@ -40,8 +40,8 @@ def main() -> None:
     """Times the cases and candidates that the arguments name."""
     parser = argparse.ArgumentParser("python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--out", type=pathlib.Path, default=OUT)
-    parser.add_argument("--op", default="", help="what the mechanism's name has")
-    parser.add_argument("--case", default="", help="what the case's name has")
+    parser.add_argument("--op", default="", help="regular expression")
+    parser.add_argument("--case", default="", help="regular expression")
     parser.add_argument("--candidate", action="append", help="one of the candidates")
     parser.add_argument("--commit", default="", help="by default git is asked")
     parser.add_argument("--limit", type=float, default=300, help="seconds a case")
@@ -49,14 +49,24 @@ def main() -> None:
     given = parser.parse_args()
     if given.jobs > 1:  # They share the GPU's memory.
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    chosen = [
+        (index, case.name)
+        for index, case in enumerate(gpu_cases.cases())
+        if re.search(given.op, case.op) and re.search(given.case, case.name)
+    ]
     with tempfile.NamedTemporaryFile() as lock, ThreadPoolExecutor(given.jobs) as pool:
-        for index, case in enumerate(gpu_cases.cases()):
-            if re.search(given.op, case.op) and re.search(given.case, case.name):
-                args = index, given.candidate, given.out, given.commit, lock.name
-                pool.submit(_in_a_process, case.name, given.limit, args)
+
+        def start(case: tuple[int, str]) -> None:
+            index, name = case
+            args = index, given.candidate, given.out, given.commit, lock.name
+            _in_a_process(name, given.limit, args)
+
+        # What fails in a thread is raised where its result is asked for.
+        list(pool.map(start, chosen))
 
 
 def _in_a_process(name: str, limit: float, args: tuple) -> None:
+    """Calls `run` with these arguments, for so many seconds at most."""
     process = multiprocessing.get_context("spawn").Process(target=run, args=args)
     process.start()
     process.join(limit)

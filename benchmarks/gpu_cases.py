@@ -37,8 +37,8 @@ def cases() -> Iterator[Case]:
         yield blocks(percent, 1, 32768, 16, 128)
     for length in (65536, 131072):
         yield moba(1, length, 16, 128)
-    yield vmoba(1, (30, 48, 80), (10, 16, 10), 18, 16, 128)
-    yield threshold(1, (30, 48, 80), (10, 16, 10), 18, 16, 128)
+    yield vmoba("top", 1, (30, 48, 80), (10, 16, 10), 18, 16, 128)
+    yield vmoba("threshold", 1, (30, 48, 80), (10, 16, 10), 18, 16, 128)
     yield power(1, 131072, 16, 128)
     yield decode(32, 32768, 32, 8, 128)
     for batch, length, heads in ((8, 2048, 16), (4, 4096, 32), (1, 16384, 32)):
@@ -155,37 +155,7 @@ def moba(batch: int, length: int, heads: int, size: int) -> Case:
 
 
 def vmoba(
-    batch: int,
-    space: tuple[int, int, int],
-    block: tuple[int, int, int],
-    top_k: int,
-    heads: int,
-    size: int,
-) -> Case:
-    """Boxes of a video chosen over whole heads, the choice included."""
-
-    def dense(*arrays):
-        flat = (x.reshape(batch, -1, heads, size) for x in arrays)
-        return peers.cudnn()(*flat).reshape(arrays[0].shape)
-
-    small = functools.partial(vmoba, 1, (20, 16, 10), (10, 8, 5), 2, 2, size)
-    return Case(
-        "vmoba_attention",
-        f"vmoba {_by(space)} block {_by(block)} top {top_k} B{batch} N{heads} H{size}",
-        ((batch, *space, heads, size),) * 3,
-        peers.ours(
-            select.vmoba_attention,
-            ("reference", "pallas"),
-            block_size=block,
-            top_k=top_k,
-        ),
-        small,
-        "bfloat16",
-        yardsticks={"cudnn": dense},
-    )
-
-
-def threshold(
+    kind: str,
     batch: int,
     space: tuple[int, int, int],
     block: tuple[int, int, int],
@@ -193,22 +163,34 @@ def threshold(
     heads: int,
     size: int,
 ) -> Case:
-    """Boxes that hold a quarter of a head's scores, beside the choice of them alone."""
-    options = {"threshold": 0.25, "max_blocks": most}
+    """Boxes of a video chosen over whole heads, the choice included.
+
+    By "top" so many a query, beside dense attention; by "threshold" as many as hold a
+    quarter of the scores, beside the choice alone.
+    """
+    tokens = math.prod(space)
+
+    def dense(*arrays):
+        flat = (x.reshape(batch, tokens, heads, size) for x in arrays)
+        return peers.cudnn()(*flat).reshape(arrays[0].shape)
 
     def choice(query, key, _):
         # Of runs of tokens as long as a box: to choose among boxes is no other work.
-        query, key = (x.reshape(batch, -1, heads, size) for x in (query, key))
-        blocks = select.Blocks.regular(query.shape[1], math.prod(block))
+        query, key = (x.reshape(batch, tokens, heads, size) for x in (query, key))
+        blocks = select.Blocks.regular(tokens, math.prod(block))
         scores = select.block_scores(query, select.pool_mean(key, blocks))
         own = blocks.ids[0][:, None] == jnp.arange(blocks.count)
         scores = select.min_max(scores, scope="head")
         return select.threshold_blocks(scores, scope="head", forced=own, **options)
 
-    small = functools.partial(threshold, 1, (20, 16, 10), (10, 8, 5), 2, 2, size)
+    modes, yardsticks = Case._field_defaults["modes"], {"cudnn": dense}
+    options, label = {"top_k": most}, f"top {most}"
+    if kind == "threshold":
+        options, label = {"threshold": 0.25, "max_blocks": most}, kind
+        modes, yardsticks = ("forward",), {"choice": choice}
     return Case(
         "vmoba_attention",
-        f"vmoba {_by(space)} block {_by(block)} threshold B{batch} N{heads} H{size}",
+        f"vmoba {_by(space)} block {_by(block)} {label} B{batch} N{heads} H{size}",
         ((batch, *space, heads, size),) * 3,
         peers.ours(
             select.vmoba_attention,
@@ -216,10 +198,10 @@ def threshold(
             block_size=block,
             **options,
         ),
-        small,
+        functools.partial(vmoba, kind, 1, (20, 16, 10), (10, 8, 5), 2, 2, size),
         "bfloat16",
-        ("forward",),
-        {"choice": choice},
+        modes,
+        yardsticks,
     )
 
 

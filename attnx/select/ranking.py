@@ -59,8 +59,8 @@ def _sums(x):
 def _largest(holds, like):
     """The largest float of which `holds(value)`, or -inf, two bits at a time.
 
-    It holds of all smaller ones too. The floats are `[...]`, one for
-    each row of `like`, `[..., size]`.
+    It holds of all smaller ones too. The floats are `[...]`, one for each row of
+    `like`, `[..., size]`.
     """
     bits = jnp.finfo(like.dtype).bits
     dtype = jnp.dtype(f"uint{bits}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -101,27 +102,20 @@ def routed_attention(
     expect(key_len == key.shape[1], "blocks", f"{key.shape[1]} tokens", key_len)
     if implementation == "reference":
         mask = Chosen(choice.to_tiles(), blocks.ids)
-        out, lse = dot_product_attention(
-            query,
-            key,
-            value,
-            mask=mask if beside is None else mask | beside,
-            scale=scale,
-            implementation="reference",
-            return_residual=True,
+        mask = mask if beside is None else mask | beside
+        out, lse = _see(
+            query, key, value, mask, scale=scale, implementation="reference"
         )
         return (out, lse) if return_residual else out
 
     if not isinstance(scale, int | float | None):
         # A traced scale has a gradient, which the query's gives.
         query, scale = query * jnp.asarray(scale, query.dtype), 1.0
-    options = {"scale": scale, "implementation": implementation}
-    near = functools.partial(dot_product_attention, return_residual=True, **options)
+    options: dict[str, Any] = {"scale": scale, "implementation": implementation}
     attend_heads = functools.partial(
         _attend,
         block_size=block_size,
         per_row=None if choice.rows.shape[1] < heads else choice.per_row,
-        near=near,
         **options,
     )
     plan = functools.partial(plan_tiles, tile=min(_TILE, block_size))
@@ -129,7 +123,7 @@ def routed_attention(
     if choice.rows.shape[1] < heads:
         out, lse = _as_one_head(attend_heads, plan, *arrays, choice, blocks)
         if beside is not None:
-            other = near(*arrays, mask=beside)
+            other = _see(*arrays, beside, **options)
             out, lse = merge_attention(*zip((out, lse), other, strict=True))
     else:
         lists = plan(choice.rows, choice.blocks, num_rows=length, count=blocks.count)
@@ -253,7 +247,6 @@ def _attend(
     seen,
     block_size,
     per_row,
-    near,
     scale,
     implementation,
     shares=(1,),
@@ -261,7 +254,8 @@ def _attend(
     """Attention of `[B, T, N, H]` by the lists of `plan_tiles`, and beside them."""
     batch, length = query.shape[:2]
     blocks, beside = seen
-    merged = None if beside is None else near(query, key, value, mask=beside)
+    options = {"scale": scale, "implementation": implementation}
+    merged = None if beside is None else _see(query, key, value, beside, **options)
     count = blocks.count
     # Longer blocks are visited in steps, of which only the last needs a predicate.
     step = min(block_size, _TILE)
@@ -295,9 +289,8 @@ def _attend(
                 key_len=key.shape[1],
                 block_size=(rows.shape[2] // block.shape[2], step),
             ),
-            scale=scale,
-            implementation=implementation,
             rows=Rows(rows, place, per_row),
+            **options,
         )
         merge = functools.partial(merged_parts, per_row, length)
         merge = jax.vmap(jax.vmap(merge, (1, 1, 0, 0, 1), 1))
@@ -308,6 +301,13 @@ def _attend(
         query, merged = jax.lax.optimization_barrier((query, merged))
         merged = part(query, some, merged)
     return merged
+
+
+def _see(query, key, value, mask, **options):
+    """The output and log-sum-exp of attention to what a mask shows."""
+    return dot_product_attention(
+        query, key, value, mask=mask, return_residual=True, **options
+    )
 
 
 def _cut(x, blocks, block_size, size):

@@ -19,8 +19,8 @@ from attnx.nn import Attention, Rotary, SoftmaxMixer, SRMSNorm
 from models.layers import GLU
 
 FEATURES = 3  # of a symbol: the two coordinates, and whether it is the end
-# Symbols that an LSTM reads between two turns of its loop, each of which costs a GPU
-# as much as a symbol's products: a step of `hull` takes 5.7 ms so, and 6.7 with 1.
+# Symbols that an LSTM reads in a turn of its loop: on a GPU a turn costs about as much
+# as a symbol's products do.
 _UNROLL = 5
 
 

@@ -19,7 +19,7 @@ def _preset(name: str, steps: int, encoder="lstm", **settings) -> PointerExperim
             learning_rate=1e-3,
             warmup_steps=1000,
             weight_decay=0.01,
-            save_every=1000,
+            save_every=5000,
             validate_every=1000,
             steps_per_call=100,
         ),
