@@ -81,6 +81,29 @@ def compile_for_h100(fn: Callable, *structs) -> list[Kernel]:
       fn: a function of arrays.
       *structs: its arguments, pytrees of `jax.ShapeDtypeStruct` or arrays.
     """
+    with _stdout() as log:
+        _compiled(fn, *structs)
+        caught = log()
+    return list(_parse(caught))
+
+
+def plan_for_h100(fn: Callable, *structs) -> tuple[int, int, int]:
+    """Bytes of arguments, temporaries and results in the compiler's plan for an H100.
+
+    Args:
+      fn: a function of arrays.
+      *structs: its arguments, as of `compile_for_h100`.
+    """
+    with _stdout():
+        plan = _compiled(fn, *structs).memory_analysis()
+    return (
+        plan.argument_size_in_bytes,
+        plan.temp_size_in_bytes,
+        plan.output_size_in_bytes,
+    )
+
+
+def _compiled(fn, *structs):
     structs = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_one_h100()), structs
     )
@@ -88,10 +111,7 @@ def compile_for_h100(fn: Callable, *structs) -> list[Kernel]:
     device = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
         lowered = jax.jit(fn).lower(*structs)
-    with _stdout() as log:
-        lowered.compile()
-        caught = log()
-    return list(_parse(caught))
+    return lowered.compile()
 
 
 def cases() -> Iterator[tuple[str, Callable, tuple]]:
