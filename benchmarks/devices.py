@@ -155,6 +155,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--output", type=pathlib.Path)
+    parser.add_argument("--commit", default="", help="by default git is asked")
     args = parser.parse_args()
     kinds = (AxisType.Auto,)
     mesh = jax.make_mesh((jax.device_count(),), ("context",), kinds)
@@ -167,8 +168,8 @@ def main() -> None:
                 f"{row['milliseconds']:9.3f} ms",
                 flush=True,
             )
-    if args.output:
-        save(args.output, provenance(), rows)
+            if args.output:
+                save(args.output, provenance(args.commit), rows)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from pallas_kernels import mosaic
 from pallas_kernels import rows as gathering
 from pallas_kernels.masking import ROWS, Lists, Masking, Sees, Visits
 from pallas_kernels.mosaic import LOG2E, ROW, TILE
+from pallas_kernels.turns import Turns, divided
 
 TURN = 4  # The first of the named barriers for turns; Mosaic uses those below.
 
@@ -77,8 +78,7 @@ def attention(
     split = masking.key_block // key_tile
     log2_scale = scale * LOG2E
     num_tiles = pl.cdiv(query_len, tile)
-    total = num_tiles * heads * batch
-    blocks = pl.cdiv(total, tiles)
+    turns = Turns(num_tiles * heads * batch, tiles)
     buffers = min(tiles, 2)
 
     def body(*refs):
@@ -91,18 +91,10 @@ def attention(
         q_full, q_free, k_full, v_full, k_free, v_free = barriers
         me, wg = lax.axis_index("block"), lax.axis_index("wg")
 
-        def exists(t):
-            """Whether there is a tile for turn t; the last turn may have fewer."""
-            return me + t * blocks < total
-
         def place_of(t):
             """The batch, head and first query of the tile of turn t."""
-            # At any time blocks of threads serve neighbouring tiles, whose keys meet in
-            # the cache: those that follow each other in turn are far apart.
-            number = me + t * blocks
-            number = jnp.minimum(number, total - 1) if tiles > 1 else number
-            number, b = _divided(number, batch)
-            h, i = _divided(number, num_tiles)
+            number, b = divided(turns.number(me, t), batch)
+            h, i = divided(number, num_tiles)
             # Later tiles of a causal mask visit more: the longest start first.
             return b, h, (num_tiles - 1 - i) * tile
 
@@ -113,15 +105,8 @@ def attention(
             visits = Visits(lists_g, b, h, heads, block)
             steps = visits.count * split
             if tiles > 1:
-                steps = jnp.where(exists(t), steps, 0)
+                steps = jnp.where(turns.exists(me, t), steps, 0)
             return visits, steps
-
-        def each_tile(body):
-            """`body(tile, steps done before) -> steps done`."""
-            if tiles == 1:
-                body(0, 0)
-            else:
-                lax.fori_loop(0, tiles, body, jnp.int32(0))
 
         def key_start(visits, j):
             block = visits.block(lax.div(j, jnp.int32(split))) * masking.key_block
@@ -135,7 +120,7 @@ def attention(
             if rows is not None:
                 plgpu.barrier_wait(q_full.at[0])
                 gather(0)
-            each_tile(consume_tile)
+            turns.each(consume_tile)
             plgpu.wait_smem_to_gmem(0)
 
         def gather(t):
@@ -269,7 +254,7 @@ def attention(
 
             is_mine = start + first_row < query_len
             if tiles > 1:
-                is_mine &= exists(t)
+                is_mine &= turns.exists(me, t)
 
             @pl.when(is_mine)
             def _():
@@ -340,10 +325,7 @@ def attention(
             @mosaic.by_one_warp
             def _():
                 fetch_rows() if rows is not None else fetch(0)
-                if tiles == 1:
-                    total = produce_tile(0, 0)
-                else:
-                    total = lax.fori_loop(0, tiles, produce_tile, jnp.int32(0))
+                total = turns.each(produce_tile)
 
                 @pl.loop(jnp.maximum(total - stages, 0), total)
                 def _(j):
@@ -378,17 +360,9 @@ def attention(
             slots(num_arrivals=warpgroups),
             slots(num_arrivals=warpgroups),
         ],
-        grid=(blocks,),
+        grid=(turns.blocks,),
         grid_names=("block",),
         num_threads=warpgroups + 1,
         thread_name="wg",
         kernel_name="attention",
     )
-
-
-def _divided(number, by: int):
-    """The quotient and what remains."""
-    if by == 1:
-        return number, jnp.int32(0)
-    quotient = lax.div(number, jnp.int32(by))
-    return quotient, number - quotient * by

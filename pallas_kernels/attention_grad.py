@@ -1,8 +1,9 @@
 """Block-sparse softmax attention on Hopper: the backward kernel.
 
-One block of threads serves one tile of keys and holds its gradients in registers,
-walking the query tiles that see it. Gradients of queries, to which many key tiles add,
-are summed in float32 by the memory's own additions, in no fixed order.
+One block of threads serves a tile of keys, or several in turn, and holds their
+gradients in registers, walking the query tiles that see them. Gradients of queries, to
+which many key tiles add, are summed in float32 by the memory's own additions, in no
+fixed order.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from jax import lax
 from pallas_kernels import fragments, mosaic
 from pallas_kernels.masking import ROWS, Lists, Masking, Sees, Visits
 from pallas_kernels.mosaic import COL, LOG2E
+from pallas_kernels.turns import Turns, divided
 
 PAIR = 6  # Named barrier on which the two warpgroups meet.
 
@@ -36,6 +38,7 @@ def attention_grad(
     scale: float,
     query_tile: int,
     stages: int,
+    tiles: int = 1,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of `attention`.
 
@@ -55,6 +58,8 @@ def attention_grad(
       query_tile: queries of one step, a divisor of `masking.query_block`: 64, or 128
         where heads, of at most 64, leave registers and shared memory for them.
       stages: query tiles in flight.
+      tiles: tiles of keys that a block of threads serves in turn. More than one hides
+        how a tile begins and ends, where there is shared memory for two.
 
     Returns:
       Gradients of query, key and value, the last two for each of the N heads. Heads
@@ -73,36 +78,70 @@ def attention_grad(
     columns_held = head_size if by_rows else head_size // 2
     log2_scale = scale * LOG2E
     words = len(masking.predicate.words) if masking.predicate else 0
+    num_tiles = key_len // tile
+    turns = Turns(num_tiles * heads * batch, tiles)
+    buffers = min(tiles, 2)
 
     def body(*refs):
         q_g, k_g, v_g, do_g, lse_g, delta_g, *lists_g = refs[:9]
         looked_up_g = refs[9 : 9 + len(looked_up)]
         dq_g, dk_g, dv_g, *local = refs[9 + len(looked_up) :]
         k_s, v_s, q_s, do_s, row_s, ds_s, words_s, *barriers, acc_k, acc_v = local
-        kv_full, q_full, do_full, q_free, do_free, pair = barriers
-        head, i, b = (lax.axis_index(axis) for axis in ("h", "k", "b"))
-        wg = lax.axis_index("wg")
-        start = i * tile
-        key_block = lax.div(start, jnp.int32(masking.key_block))
+        kv_full, kv_free, q_full, do_full, q_free, do_free, pair = barriers
+        block, wg = lax.axis_index("block"), lax.axis_index("wg")
 
-        kv_head = lax.div(head, jnp.int32(heads // key_heads))
-        visits = Visits(lists_g, b, head, heads, key_block)
+        def place_of(t):
+            """The batch, head and first key of the tile of turn t."""
+            # Neighbouring tiles are of other heads: of one head they would add to the
+            # same gradients of queries at once.
+            number, head = divided(turns.number(block, t), heads)
+            b, i = divided(number, num_tiles)
+            return b, head, i * tile
 
-        def query_start(j):
+        def visits_of(t):
+            """The query blocks of a tile, and the steps that they take."""
+            b, head, start = place_of(t)
+            key_block = lax.div(start, jnp.int32(masking.key_block))
+            visits = Visits(lists_g, b, head, heads, key_block)
+            steps = visits.count * split
+            if tiles > 1:
+                steps = jnp.where(turns.exists(block, t), steps, 0)
+            return visits, steps
+
+        def buffer_of(t):
+            return lax.rem(jnp.int32(t), jnp.int32(buffers)) if tiles > 1 else 0
+
+        def query_start(visits, j):
             block = visits.block(lax.div(j, jnp.int32(split))) * masking.query_block
             return block, lax.rem(j, jnp.int32(split)) * query_tile
 
         def consume():
             plgpu.set_max_registers(240, action="increase")
+            turns.each(consume_tile)
+            plgpu.wait_smem_to_gmem(0)
+
+        def consume_tile(t, before):
             first_row = wg * ROWS
-            plgpu.barrier_wait(kv_full)
+            b, head, start = place_of(t)
+            visits, steps = visits_of(t)
+            buffer = buffer_of(t)
+            k_now, v_now = k_s.at[buffer], v_s.at[buffer]
+            plgpu.barrier_wait(kv_full.at[buffer])
+            if tiles > 1:
+                # By now the gradients of the tile before have left its place.
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+                @pl.when((t > 0) & (t + 1 < tiles))
+                def _():
+                    plgpu.barrier_arrive(kv_free.at[1 - buffer])
 
             def step(j, _, sees, d_key, d_value):
-                slot = lax.rem(j, jnp.int32(stages))
+                done = before + j
+                slot = lax.rem(done, jnp.int32(stages))
                 q, do = q_s.at[slot], do_s.at[slot]
                 me = mosaic.again(wg)
                 own = pl.ds(me * ROWS, ROWS)
-                k, v = k_s.at[own], v_s.at[own]
+                k, v = k_now.at[own], v_now.at[own]
 
                 def columns(which):
                     vector = mosaic.load(row_s.at[slot, which], COL)
@@ -111,7 +150,7 @@ def attention_grad(
                 def probabilities(scores):
                     p = jnp.exp2(scores * log2_scale - columns(0))
                     if sees is not None:
-                        p = jnp.where(sees(*query_start(j)), p, 0.0)
+                        p = jnp.where(sees(*query_start(visits, j)), p, 0.0)
                     return p
 
                 plgpu.barrier_wait(q_full.at[slot])
@@ -120,12 +159,12 @@ def attention_grad(
                     (k, mosaic.transposed(q)),
                     (v, mosaic.transposed(do)),
                     probabilities,
-                    issued=lambda: sees and sees.prepare(*query_start(j)),
+                    issued=lambda: sees and sees.prepare(*query_start(visits, j)),
                 )
                 mosaic.add_product(d_value, p.astype(dtype), do)
                 ds = (p * (dp - columns(1))).astype(dtype)
                 # The other warpgroup met this one after it last read this buffer.
-                ds_now = ds_s.at[lax.rem(j, jnp.int32(2))]
+                ds_now = ds_s.at[lax.rem(done, jnp.int32(2))]
                 me = mosaic.again(wg)
                 own = pl.ds(me * ROWS, ROWS)
                 ds_now.at[own][...] = ds
@@ -137,14 +176,14 @@ def attention_grad(
                     held = pl.ds(me * columns_held, columns_held)
 
                 def write(d_query):
-                    start = sum(query_start(j)) + queries.start
+                    start = sum(query_start(visits, j)) + queries.start
                     place = b, head, lax.div(start, jnp.int32(ROWS)), part
                     fragments.add(dq_g.at[place], d_query)
 
                 mosaic.product_beside(
                     (
                         mosaic.transposed(ds_now.at[:, queries]),
-                        k_s.at[:, held],
+                        k_now.at[:, held],
                     ),
                     (d_key, ds_now.at[own], q),
                     write,
@@ -165,10 +204,10 @@ def attention_grad(
                         query_axis=1,
                         words=None if words_s is None else words_s.at[wg],
                     )
-                    partial = visits.partial_count * split
+                    partial = jnp.minimum(visits.partial_count * split, steps)
                     lax.fori_loop(0, partial, functools.partial(run, sees=sees), None)
                 full = functools.partial(run, sees=None)
-                lax.fori_loop(partial, visits.count * split, full, None)
+                lax.fori_loop(partial, steps, full, None)
 
             d_key, d_value = mosaic.accumulators(
                 walk,
@@ -177,31 +216,41 @@ def attention_grad(
             )
             # Both have read the keys before either writes over them.
             mosaic.meet(PAIR, pair)
-            k, v = k_s.at[pl.ds(first_row, ROWS)], v_s.at[pl.ds(first_row, ROWS)]
+            own = pl.ds(first_row, ROWS)
+            k, v = k_now.at[own], v_now.at[own]
             k[...] = (d_key * scale).astype(dtype)
             v[...] = d_value.astype(dtype)
             plgpu.commit_smem()
-            rows = pl.ds(start + first_row, ROWS)
-            plgpu.copy_smem_to_gmem(k, dk_g.at[b, rows, head])
-            plgpu.copy_smem_to_gmem(v, dv_g.at[b, rows, head])
-            plgpu.wait_smem_to_gmem(0)
+
+            def leave():
+                rows = pl.ds(start + first_row, ROWS)
+                plgpu.copy_smem_to_gmem(k, dk_g.at[b, rows, head])
+                plgpu.copy_smem_to_gmem(v, dv_g.at[b, rows, head])
+
+            pl.when(turns.exists(block, t))(leave) if tiles > 1 else leave()
+            return before + steps
 
         def produce():
             plgpu.set_max_registers(24, action="decrease")
 
-            @mosaic.by_one_warp
-            def _():
-                keys = pl.ds(start, tile)
-                plgpu.copy_gmem_to_smem(k_g.at[b, keys, kv_head], k_s, kv_full)
-                plgpu.copy_gmem_to_smem(v_g.at[b, keys, kv_head], v_s, kv_full)
+            def fetch(t):
+                b, head, start = place_of(t)
+                kv_head = lax.div(head, jnp.int32(heads // key_heads))
+                buffer, keys = buffer_of(t), pl.ds(start, tile)
+                for gmem, smem in ((k_g, k_s), (v_g, v_s)):
+                    plgpu.copy_gmem_to_smem(
+                        gmem.at[b, keys, kv_head], smem.at[buffer], kv_full.at[buffer]
+                    )
 
-                steps = visits.count * split
+            def produce_tile(t, before):
+                b, head, _ = place_of(t)
+                visits, steps = visits_of(t)
 
                 @pl.loop(0, steps)
                 def _(j):
-                    slot = lax.rem(j, jnp.int32(stages))
-                    rows = pl.ds(sum(query_start(j)), query_tile)
-                    again = j >= stages
+                    slot = lax.rem(before + j, jnp.int32(stages))
+                    rows = pl.ds(sum(query_start(visits, j)), query_tile)
+                    again = before + j >= stages
                     pl.when(again)(lambda: plgpu.barrier_wait(q_free.at[slot]))
                     full = q_full.at[slot]
                     plgpu.copy_gmem_to_smem(q_g.at[b, rows, head], q_s.at[slot], full)
@@ -216,7 +265,23 @@ def attention_grad(
                         do_g.at[b, rows, head], do_s.at[slot], do_full.at[slot]
                     )
 
-                @pl.loop(jnp.maximum(steps - stages, 0), steps)
+                if tiles > 1:
+
+                    @pl.when(t + 1 < tiles)
+                    def _():
+                        # The place of the tile before the one that is served now.
+                        buffer = buffer_of(t + 1)
+                        pl.when(t > 0)(lambda: plgpu.barrier_wait(kv_free.at[buffer]))
+                        fetch(t + 1)
+
+                return before + steps
+
+            @mosaic.by_one_warp
+            def _():
+                fetch(0)
+                total = turns.each(produce_tile)
+
+                @pl.loop(jnp.maximum(total - stages, 0), total)
                 def _(j):
                     slot = lax.rem(j, jnp.int32(stages))
                     plgpu.barrier_wait(q_free.at[slot])
@@ -227,6 +292,7 @@ def attention_grad(
 
     swizzle = mosaic.swizzle_of(columns_held, dtype)
     slots = functools.partial(plgpu.Barrier, num_barriers=stages)
+    keys = functools.partial(plgpu.Barrier, num_barriers=buffers)
     parts = head_size // columns_held
     d_query = jnp.zeros(
         (batch, heads, query_len // ROWS, parts, ROWS * columns_held), jnp.float32
@@ -240,14 +306,15 @@ def attention_grad(
         (query, key, value, d_out, lse, delta, *lists, *looked_up),
         (d_query, d_key, d_value),
         scratch=[
-            mosaic.tiled((tile, head_size), dtype, swizzle),
-            mosaic.tiled((tile, value_size), dtype),
+            mosaic.tiled((buffers, tile, head_size), dtype, swizzle),
+            mosaic.tiled((buffers, tile, value_size), dtype),
             mosaic.tiled((stages, query_tile, head_size), dtype, swizzle),
             mosaic.tiled((stages, query_tile, value_size), dtype),
             plgpu.SMEM((stages, 2, query_tile), jnp.float32),
             mosaic.tiled((2, tile, query_tile), dtype, swizzle),
             plgpu.SMEM((2, words, query_tile), jnp.int32) if words else None,
-            plgpu.Barrier(num_arrivals=2),
+            keys(num_arrivals=2),
+            keys(num_arrivals=2),
             slots(num_arrivals=3),
             slots(),
             slots(num_arrivals=2),
@@ -256,8 +323,8 @@ def attention_grad(
             mosaic.emulated(plgpu.SMEM((2, ROWS, head_size), jnp.float32)),
             mosaic.emulated(plgpu.SMEM((2, ROWS, value_size), jnp.float32)),
         ],
-        grid=(heads, key_len // tile, batch),
-        grid_names=("h", "k", "b"),
+        grid=(turns.blocks,),
+        grid_names=("block",),
         num_threads=3,
         thread_name="wg",
         kernel_name="attention_grad",

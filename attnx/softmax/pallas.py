@@ -25,6 +25,7 @@ from pallas_kernels.batching import mappable
 from pallas_kernels.masking import ROWS, Lists, Masking
 from pallas_kernels.mosaic import LOG2E, wrong_device
 from pallas_kernels.predicate import Untraceable, trace
+from pallas_kernels.turns import PROCESSORS, loads
 
 BLOCK = 128
 HEAD_SIZES = (32, 64, 96, 128, 256)
@@ -32,9 +33,8 @@ HEAD_SIZES = (32, 64, 96, 128, 256)
 _WIDEST_FUSED = 128
 # And narrower ones for a third warpgroup that computes, or for two query tiles a step.
 _NARROW = 64
-# An H100's multiprocessors, how short lists are that leave time between tiles, and the
-# share of the longest list that lists come to on average where they are even.
-_PROCESSORS = 132
+# How short lists are that leave time between tiles, and the share of the most work of a
+# block of threads that they have on average where tiles can be dealt out beforehand.
 _SHORT = 4
 _EVEN = 0.9
 
@@ -107,10 +107,9 @@ def attention(
         Masking(*grad_block_mask.block_size, predicate),
         scale,
         transposed,
+        block_mask,
         grad_block_mask,
         config,
-        not is_traced(block_mask.counts)
-        and np.mean(block_mask.counts) >= _EVEN * np.max(block_mask.counts),
     )
     if rows is None:
         query = _pad(query, -query_len % ROWS)
@@ -176,9 +175,9 @@ class _Call:
     grad_masking: Masking
     scale: float
     transposed: Callable[[], Lists] | None
+    block_mask: BlockMask
     grad_block_mask: BlockMask
     config: KernelConfig
-    even: bool  # Whether tiles of queries are known to visit about as many keys.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -187,10 +186,18 @@ def _attention(call, query, key, value, lists, grad_lists, looked_up, rows):
 
 
 def _forward(call, query, key, value, lists, grad_lists, looked_up, rows):
-    small = max(query.shape[-1], value.shape[-1]) <= _NARROW
+    batch, _, heads, _ = query.shape
+    size = max(query.shape[-1], value.shape[-1])
+    small = size <= _NARROW
     divides = call.masking.query_block % (3 * ROWS) == 0
     warpgroups = 3 if small and divides else 2
     length = query.shape[1] if rows is None else rows.index.shape[2]
+    tile = warpgroups * ROWS
+    costs = _costs(call.block_mask.counts, query, call.masking.query_block // tile)
+    if costs is not None:  # Batches come first, then tiles from the last, then heads.
+        costs = costs[..., ::-1].transpose(1, 2, 0)
+    is_short = lists.indices.shape[-1] <= _SHORT
+    short = batch * heads * -(-length // tile) if is_short else None
     kernel = mappable(
         attention_kernel,
         call.masking,
@@ -198,7 +205,7 @@ def _forward(call, query, key, value, lists, grad_lists, looked_up, rows):
         key_tile=key_tile(query, value),
         stages=3 if small else 2,
         warpgroups=warpgroups,
-        tiles=_tiles_in_turn(query, value, lists, length, warpgroups * ROWS, call.even),
+        tiles=1 if size > _WIDEST_FUSED else _tiles_in_turn(costs, short=short),
     )
     index = None if rows is None else rows.index
     out, lse = kernel((query, key, value), (lists, looked_up, index))
@@ -206,25 +213,43 @@ def _forward(call, query, key, value, lists, grad_lists, looked_up, rows):
     return (out, jnp.swapaxes(lse, 1, 2) / LOG2E), residuals
 
 
-def _tiles_in_turn(query, value, lists, length, tile, even):
-    """Tiles of queries for each block of threads.
+def _tiles_in_turn(costs, *, short=None):
+    """Tiles for each block of threads: a tile is begun while the one before it ends.
 
-    A tile is begun while the one before it ends. Even lists leave one block of threads
-    for each multiprocessor; others are better balanced by blocks that start as others
-    end.
+    Where lists are known, one block of threads is left for each multiprocessor if that
+    gives all of them about the same work. Others are better balanced by blocks that
+    start as others end; of lists that are `short`, so many in all, these serve a few.
+
+    Args:
+      costs: of each tile, as the kernel numbers them, or None.
     """
-    batch, _, heads, size = query.shape
-    if max(size, value.shape[-1]) > _WIDEST_FUSED:
-        return 1
-    tiles = batch * heads * -(-length // tile)
-    if even:
-        return -(-tiles // _PROCESSORS)
+    if costs is not None:
+        tiles = -(-costs.size // PROCESSORS)
+        load = loads(costs.ravel(), tiles)
+        if load.mean() >= _EVEN * load.max():
+            return tiles
 
     def cost(count):
         """Of all tiles, where a block of threads adds half a tile of its own."""
-        return -(-tiles // (count * _PROCESSORS)) * (count + 0.5)
+        return -(-short // (count * PROCESSORS)) * (count + 0.5)
 
-    return min((1, 2, 4, 8), key=cost) if lists.indices.shape[-1] <= _SHORT else 1
+    return min((1, 2, 4, 8), key=cost) if short else 1
+
+
+def _costs(counts, query, tiles):
+    """How many blocks each tile visits, `[B, N, tiles]`, or None where not known.
+
+    Args:
+      counts: of the lists, int `[B or 1, N or K or 1, blocks]`.
+      query: `[B, T, N, H]`.
+      tiles: in a block.
+    """
+    if is_traced(counts):
+        return None
+    counts = np.repeat(np.asarray(counts), tiles, -1)
+    batch, _, heads, _ = query.shape
+    counts = np.repeat(counts, heads // counts.shape[1], 1)
+    return np.broadcast_to(counts, (batch, *counts.shape[1:]))
 
 
 def _backward(call, residuals, cotangents):
@@ -238,8 +263,10 @@ def _backward(call, residuals, cotangents):
     delta -= jnp.swapaxes(d_lse, 1, 2)
     transposed = call.transposed
     if transposed is None:
-        # Their arrays come as arguments: those of `call` may be another trace's.
-        same = dataclasses.replace(call.grad_block_mask, **lists._asdict())
+        same = call.grad_block_mask
+        if is_traced(same.counts):
+            # Their arrays come as arguments: those of `call` may be another trace's.
+            same = dataclasses.replace(same, **lists._asdict())
         transposed = functools.partial(transpose, same)
     # A query that saw nothing gets the weight exp(-inf) everywhere.
     lse = jnp.where(jnp.isfinite(lse), lse, jnp.inf)
@@ -264,12 +291,16 @@ def _backward(call, residuals, cotangents):
             grads.append(kernel(arrays, (visited, looked_up)))
         d_query, d_key, d_value = grads
         return *pull(d_query[:, :query_len]), d_key, d_value, None, None, None, None
+    costs = _costs(by_key.counts, query, call.grad_masking.key_block // BLOCK)
+    if costs is not None:  # Heads come first, then tiles, then batches.
+        costs = costs.transpose(0, 2, 1)
     kernel = mappable(
         grad_kernel,
         call.grad_masking,
         scale=call.scale,
         query_tile=2 * ROWS if size <= _NARROW else ROWS,
         stages=2,
+        tiles=_tiles_in_turn(costs),
     )
     d_query, d_key, d_value = kernel(arrays, (by_key, looked_up))
     d_key, d_value = sum_of_groups(d_key, key), sum_of_groups(d_value, value)

@@ -141,41 +141,40 @@ def _edges(axis, query_size, key_size):
 def _lists(axes, tile, runs):
     runs = [runs(axis, size, size) for axis, size in zip(axes, tile, strict=True)]
     slots = max(1, math.prod(int(run.count.max()) for run in runs))
-    return _expand([dataclasses.astuple(run) for run in runs], slots)
+    spread = [_spread(len(runs), i, run.count) for i, run in enumerate(runs)]
+    count = math.prod(spread)
+    full = [_spread(len(runs), i, run.full_count) for i, run in enumerate(runs)]
+    # Known without a device, so that tiles can be dealt out while a call is traced.
+    counts = (x.reshape(1, 1, -1) for x in (count, count - math.prod(full)))
+    return _expand([dataclasses.astuple(run) for run in runs], slots), *counts
+
+
+def _spread(rank, axis, x):
+    """Places `[groups, tiles]` among the axes [*groups, *tiles, slot]."""
+    shape = [1] * (2 * rank + 1)
+    shape[axis], shape[rank + axis] = x.shape
+    return x.reshape(shape)
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _expand(runs, slots):
-    """The lists of all tiles from the runs of each axis, by arithmetic alone."""
-    rank = len(runs)
-
-    def spread(axis, x):
-        """Places `[groups, tiles]` among the axes [*groups, *tiles, slot]."""
-        shape = [1] * (2 * rank + 1)
-        shape[axis], shape[rank + axis] = x.shape
-        return jnp.reshape(x, shape)
-
+    """The indices of all tiles from the runs of each axis, by arithmetic alone."""
+    spread = functools.partial(_spread, len(runs))
     groups, grid = zip(*(run[0].shape for run in runs), strict=True)
     runs = [[spread(axis, x) for x in run] for axis, run in enumerate(runs)]
     count = math.prod(run[1] for run in runs)
-    full_count = math.prod(run[3] for run in runs)
-    partial_count = count - full_count
+    partial_count = count - math.prod(run[3] for run in runs)
     slot = jnp.arange(slots, dtype=jnp.int32)
     is_full = slot >= partial_count
     digits = _nth(slot - jnp.where(is_full, partial_count, 0), is_full, runs)
     index = 0
-    for axis in range(rank):
+    for axis in range(len(runs)):
         index = index * groups[axis] + spread(axis, _column(groups[axis], grid[axis]))
     for digit, size in zip(digits, grid, strict=True):
         index = index * size + digit
     index = jnp.where(slot < count, index, 0)
-    shape = (1, 1, math.prod(groups) * math.prod(grid))
-    full_shape = (*groups, *grid, 1)
-    return (
-        jnp.broadcast_to(index, (*groups, *grid, slots)).reshape(*shape, slots),
-        jnp.broadcast_to(count, full_shape).reshape(shape),
-        jnp.broadcast_to(partial_count, full_shape).reshape(shape),
-    )
+    shape = (1, 1, math.prod(groups) * math.prod(grid), slots)
+    return jnp.broadcast_to(index, (*groups, *grid, slots)).reshape(shape)
 
 
 def _nth(n, is_full, runs):

@@ -37,7 +37,7 @@ PRESETS = {
     "hull": _preset("hull", 30_000, **_sizes(50)),
     "hull-range": _preset("hull-range", 30_000, **_RANGE),
     "hull-range-attention": _preset(
-        "hull-range-attention", 4000, "attention", **_RANGE
+        "hull-range-attention", 12_000, "attention", **_RANGE
     ),
     "hull-attention": _preset("hull-attention", 4000, "attention", **_sizes(50)),
     "delaunay": _preset("delaunay", 30_000, problem="delaunay", **_sizes(10)),

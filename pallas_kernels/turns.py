@@ -1,0 +1,66 @@
+"""Tiles that blocks of threads serve one after the other."""
+
+from __future__ import annotations
+
+import jax.experimental.pallas as pl
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+# An H100's multiprocessors, each of which runs one block of threads at a time.
+PROCESSORS = 132
+
+
+class Turns:
+    """Which of `total` tiles each block of threads serves, so many in turn.
+
+    At any time blocks of threads serve neighbouring tiles, whose operands meet in the
+    cache: those that follow each other in turn are far apart. Every other turn goes
+    backwards, so that where tiles grow longer or shorter each block's come to the same.
+
+    Attributes:
+      blocks: blocks of threads.
+    """
+
+    def __init__(self, total: int, tiles: int):
+        self._total, self._tiles = total, tiles
+        self.blocks = pl.cdiv(total, tiles)
+        # A few more leave no multiprocessor idle.
+        idle = -self.blocks % PROCESSORS
+        if tiles > 1 and idle * 16 < self.blocks:
+            self.blocks += idle
+
+    def number(self, me, t):
+        """The number of a block's tile; the last where `exists` says there is none."""
+        return me if self._tiles == 1 else jnp.minimum(self._at(me, t), self._total - 1)
+
+    def exists(self, me, t):
+        """Whether there is a tile: the last turn may have fewer."""
+        return self._at(me, t) < self._total
+
+    def _at(self, me, t):
+        is_odd = lax.rem(jnp.int32(t), jnp.int32(2)) == 1
+        return t * self.blocks + jnp.where(is_odd, self.blocks - 1 - me, me)
+
+    def each(self, body):
+        """`body(turn, steps done before) -> steps done`."""
+        if self._tiles == 1:
+            return body(0, 0)
+        return lax.fori_loop(0, self._tiles, body, jnp.int32(0))
+
+
+def loads(costs: np.ndarray, tiles: int) -> np.ndarray:
+    """What each block of threads has to do if tiles in this order cost so much."""
+    turns = Turns(costs.size, tiles)
+    costs = np.pad(costs, (0, turns.blocks * tiles - costs.size))
+    costs = costs.reshape(tiles, turns.blocks)
+    costs[1::2] = costs[1::2, ::-1]
+    return costs.sum(0)
+
+
+def divided(number, by: int):
+    """The quotient and what remains."""
+    if by == 1:
+        return number, jnp.int32(0)
+    quotient = lax.div(number, jnp.int32(by))
+    return quotient, number - quotient * by
