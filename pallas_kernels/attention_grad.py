@@ -92,10 +92,9 @@ def attention_grad(
 
         def place_of(t):
             """The batch, head and first key of the tile of turn t."""
-            # Neighbouring tiles are of other heads: of one head they would add to the
-            # same gradients of queries at once.
-            number, head = divided(turns.number(block, t), heads)
-            b, i = divided(number, num_tiles)
+            # Tiles of one head meet in the cache, which holds its queries.
+            number, b = divided(turns.number(block, t), batch)
+            head, i = divided(number, num_tiles)
             return b, head, i * tile
 
         def visits_of(t):
@@ -185,7 +184,8 @@ def attention_grad(
                         mosaic.transposed(ds_now.at[:, queries]),
                         k_now.at[:, held],
                     ),
-                    (d_key, ds_now.at[own], q),
+                    # Narrow heads leave registers for it, which saves a reading.
+                    (d_key, ds if by_rows else ds_now.at[own], q),
                     write,
                     issued=lambda: plgpu.barrier_arrive(do_free.at[slot]),
                 )

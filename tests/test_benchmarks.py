@@ -51,8 +51,8 @@ def test_rows_hold_times_or_the_reason_why_not(tiny):
     rows = list(gpu.measure(case, ["xla", "broken", "wrong", "copy"]))
     assert [(row["candidate"], row["mode"]) for row in rows] == [
         (name, mode)
-        for name in ("xla", "broken", "wrong", "copy")
         for mode in measure.MODES
+        for name in ("xla", "broken", "wrong", "copy")
     ]
     for row in rows:
         assert row["candidate"] in gpu.line(row)

@@ -33,10 +33,10 @@ HEAD_SIZES = (32, 64, 96, 128, 256)
 _WIDEST_FUSED = 128
 # And narrower ones for a third warpgroup that computes, or for two query tiles a step.
 _NARROW = 64
-# How short lists are that leave time between tiles, and the share of the most work of a
-# block of threads that they have on average where tiles can be dealt out beforehand.
+# How short lists are that leave time between tiles, and what a block of threads takes
+# to begin and to end, in blocks of keys: a window's nine took a tenth less without it.
 _SHORT = 4
-_EVEN = 0.9
+_BESIDE = 0.85
 
 
 class Rows(Protocol):
@@ -197,7 +197,7 @@ def _forward(call, query, key, value, lists, grad_lists, looked_up, rows):
     if costs is not None:  # Batches come first, then tiles from the last, then heads.
         costs = costs[..., ::-1].transpose(1, 2, 0)
     is_short = lists.indices.shape[-1] <= _SHORT
-    short = batch * heads * -(-length // tile) if is_short else None
+    short = batch * heads * -(-length // tile) if is_short else 0
     kernel = mappable(
         attention_kernel,
         call.masking,
@@ -213,20 +213,20 @@ def _forward(call, query, key, value, lists, grad_lists, looked_up, rows):
     return (out, jnp.swapaxes(lse, 1, 2) / LOG2E), residuals
 
 
-def _tiles_in_turn(costs, *, short=None):
+def _tiles_in_turn(costs, *, short=0):
     """Tiles for each block of threads: a tile is begun while the one before it ends.
 
-    Where lists are known, one block of threads is left for each multiprocessor if that
-    gives all of them about the same work. Others are better balanced by blocks that
-    start as others end; of lists that are `short`, so many in all, these serve a few.
+    Where lists are known and come to about the same, one block of threads is left for
+    each multiprocessor. Others are better balanced by blocks that start as others end;
+    of lists that are `short`, so many in all, these serve a few.
 
     Args:
       costs: of each tile, as the kernel numbers them, or None.
     """
     if costs is not None:
         tiles = -(-costs.size // PROCESSORS)
-        load = loads(costs.ravel(), tiles)
-        if load.mean() >= _EVEN * load.max():
+        apart = (costs.sum() + _BESIDE * costs.size) / PROCESSORS + costs.max() / 2
+        if loads(costs.ravel(), tiles).max() < apart:
             return tiles
 
     def cost(count):
@@ -291,9 +291,11 @@ def _backward(call, residuals, cotangents):
             grads.append(kernel(arrays, (visited, looked_up)))
         d_query, d_key, d_value = grads
         return *pull(d_query[:, :query_len]), d_key, d_value, None, None, None, None
-    costs = _costs(by_key.counts, query, call.grad_masking.key_block // BLOCK)
-    if costs is not None:  # Heads come first, then tiles, then batches.
-        costs = costs.transpose(0, 2, 1)
+    costs = None
+    if size > _NARROW:  # With narrow ones, of which a step has more, registers spill.
+        costs = _costs(by_key.counts, query, call.grad_masking.key_block // BLOCK)
+    if costs is not None:  # Batches come first, then tiles, then heads.
+        costs = costs.transpose(1, 2, 0)
     kernel = mappable(
         grad_kernel,
         call.grad_masking,
