@@ -1,9 +1,8 @@
 """Block-sparse softmax attention on Hopper: the backward kernel.
 
-One block of threads serves a tile of keys, or several in turn, and holds their
-gradients in registers, walking the query tiles that see them. Gradients of queries, to
-which many key tiles add, are summed in float32 by the memory's own additions, in no
-fixed order.
+One block of threads serves one tile of keys and holds its gradients in registers,
+walking the query tiles that see it. Gradients of queries, to which many key tiles add,
+are summed in float32 by the memory's own additions, in no fixed order.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from jax import lax
 from pallas_kernels import fragments, mosaic
 from pallas_kernels.masking import ROWS, Lists, Masking, Sees, Visits
 from pallas_kernels.mosaic import COL, LOG2E
-from pallas_kernels.turns import Turns, divided
 
 PAIR = 6  # Named barrier on which the two warpgroups meet.
 
@@ -38,7 +36,6 @@ def attention_grad(
     scale: float,
     query_tile: int,
     stages: int,
-    tiles: int = 1,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of `attention`.
 
@@ -58,8 +55,6 @@ def attention_grad(
       query_tile: queries of one step, a divisor of `masking.query_block`: 64, or 128
         where heads, of at most 64, leave registers and shared memory for them.
       stages: query tiles in flight.
-      tiles: tiles of keys that a block of threads serves in turn. More than one hides
-        how a tile begins and ends, where there is shared memory for two.
 
     Returns:
       Gradients of query, key and value, the last two for each of the N heads. Heads
@@ -73,83 +68,58 @@ def attention_grad(
     shape = (ROWS, query_tile)
     split = masking.query_block // query_tile
     # Each warpgroup makes half of the queries' gradients: half of the rows, or, where
-    # these are too few for a product, of the columns.
+    # these are too few for a product, of the columns. A step's product of the keys'
+    # gradients goes on into the next step where it takes no operand from registers.
     by_rows = query_tile == 2 * ROWS
     columns_held = head_size if by_rows else head_size // 2
     log2_scale = scale * LOG2E
     words = len(masking.predicate.words) if masking.predicate else 0
-    num_tiles = key_len // tile
-    turns = Turns(num_tiles * heads * batch, tiles)
-    buffers = min(tiles, 2)
 
     def body(*refs):
         q_g, k_g, v_g, do_g, lse_g, delta_g, *lists_g = refs[:9]
         looked_up_g = refs[9 : 9 + len(looked_up)]
         dq_g, dk_g, dv_g, *local = refs[9 + len(looked_up) :]
         k_s, v_s, q_s, do_s, row_s, ds_s, words_s, *barriers, acc_k, acc_v = local
-        kv_full, kv_free, q_full, do_full, q_free, do_free, pair = barriers
-        block, wg = lax.axis_index("block"), lax.axis_index("wg")
+        kv_full, q_full, do_full, q_free, do_free, pair = barriers
+        head, i, b = (lax.axis_index(axis) for axis in ("h", "k", "b"))
+        wg = lax.axis_index("wg")
+        start = i * tile
+        key_block = lax.div(start, jnp.int32(masking.key_block))
 
-        def place_of(t):
-            """The batch, head and first key of the tile of turn t."""
-            # Tiles of one head meet in the cache, which holds its queries.
-            number, b = divided(turns.number(block, t), batch)
-            head, i = divided(number, num_tiles)
-            return b, head, i * tile
+        kv_head = lax.div(head, jnp.int32(heads // key_heads))
+        visits = Visits(lists_g, b, head, heads, key_block)
 
-        def visits_of(t):
-            """The query blocks of a tile, and the steps that they take."""
-            b, head, start = place_of(t)
-            key_block = lax.div(start, jnp.int32(masking.key_block))
-            visits = Visits(lists_g, b, head, heads, key_block)
-            steps = visits.count * split
-            if tiles > 1:
-                steps = jnp.where(turns.exists(block, t), steps, 0)
-            return visits, steps
-
-        def buffer_of(t):
-            return lax.rem(jnp.int32(t), jnp.int32(buffers)) if tiles > 1 else 0
-
-        def query_start(visits, j):
+        def query_start(j):
             block = visits.block(lax.div(j, jnp.int32(split))) * masking.query_block
             return block, lax.rem(j, jnp.int32(split)) * query_tile
 
         def consume():
             plgpu.set_max_registers(240, action="increase")
-            turns.each(consume_tile)
-            plgpu.wait_smem_to_gmem(0)
-
-        def consume_tile(t, before):
             first_row = wg * ROWS
-            b, head, start = place_of(t)
-            visits, steps = visits_of(t)
-            buffer = buffer_of(t)
-            k_now, v_now = k_s.at[buffer], v_s.at[buffer]
-            plgpu.barrier_wait(kv_full.at[buffer])
-            if tiles > 1:
-                # By now the gradients of the tile before have left its place.
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.barrier_wait(kv_full)
 
-                @pl.when((t > 0) & (t + 1 < tiles))
-                def _():
-                    plgpu.barrier_arrive(kv_free.at[1 - buffer])
+            def release(j):
+                slot = lax.rem(j, jnp.int32(stages))
+                plgpu.barrier_arrive(q_free.at[slot])
 
             def step(j, _, sees, d_key, d_value):
-                done = before + j
-                slot = lax.rem(done, jnp.int32(stages))
+                slot = lax.rem(j, jnp.int32(stages))
                 q, do = q_s.at[slot], do_s.at[slot]
                 me = mosaic.again(wg)
                 own = pl.ds(me * ROWS, ROWS)
-                k, v = k_now.at[own], v_now.at[own]
+                k, v = k_s.at[own], v_s.at[own]
 
                 def columns(which):
                     vector = mosaic.load(row_s.at[slot, which], COL)
                     return mosaic.along(vector, 1, shape)
 
                 def probabilities(scores):
+                    if not by_rows:
+                        # The last step's products came before these scores.
+                        pl.when(j > 0)(lambda: release(j + stages - 1))
                     p = jnp.exp2(scores * log2_scale - columns(0))
                     if sees is not None:
-                        p = jnp.where(sees(*query_start(visits, j)), p, 0.0)
+                        p = jnp.where(sees(*query_start(j)), p, 0.0)
                     return p
 
                 plgpu.barrier_wait(q_full.at[slot])
@@ -158,12 +128,12 @@ def attention_grad(
                     (k, mosaic.transposed(q)),
                     (v, mosaic.transposed(do)),
                     probabilities,
-                    issued=lambda: sees and sees.prepare(*query_start(visits, j)),
+                    issued=lambda: sees and sees.prepare(*query_start(j)),
                 )
                 mosaic.add_product(d_value, p.astype(dtype), do)
                 ds = (p * (dp - columns(1))).astype(dtype)
                 # The other warpgroup met this one after it last read this buffer.
-                ds_now = ds_s.at[lax.rem(done, jnp.int32(2))]
+                ds_now = ds_s.at[lax.rem(j, jnp.int32(2))]
                 me = mosaic.again(wg)
                 own = pl.ds(me * ROWS, ROWS)
                 ds_now.at[own][...] = ds
@@ -175,21 +145,23 @@ def attention_grad(
                     held = pl.ds(me * columns_held, columns_held)
 
                 def write(d_query):
-                    start = sum(query_start(visits, j)) + queries.start
+                    start = sum(query_start(j)) + queries.start
                     place = b, head, lax.div(start, jnp.int32(ROWS)), part
                     fragments.add(dq_g.at[place], d_query)
 
                 mosaic.product_beside(
                     (
                         mosaic.transposed(ds_now.at[:, queries]),
-                        k_now.at[:, held],
+                        k_s.at[:, held],
                     ),
                     # Narrow heads leave registers for it, which saves a reading.
                     (d_key, ds if by_rows else ds_now.at[own], q),
                     write,
                     issued=lambda: plgpu.barrier_arrive(do_free.at[slot]),
                 )
-                plgpu.barrier_arrive(q_free.at[slot])
+                if by_rows:
+                    mosaic.wait_for_products()
+                    release(j)
 
             def walk(d_key, d_value):
                 run = functools.partial(step, d_key=d_key, d_value=d_value)
@@ -204,10 +176,14 @@ def attention_grad(
                         query_axis=1,
                         words=None if words_s is None else words_s.at[wg],
                     )
-                    partial = jnp.minimum(visits.partial_count * split, steps)
+                    partial = visits.partial_count * split
                     lax.fori_loop(0, partial, functools.partial(run, sees=sees), None)
+                steps = visits.count * split
                 full = functools.partial(run, sees=None)
                 lax.fori_loop(partial, steps, full, None)
+                if not by_rows:
+                    mosaic.wait_for_products()
+                    pl.when(steps > 0)(lambda: release(steps - 1))
 
             d_key, d_value = mosaic.accumulators(
                 walk,
@@ -216,41 +192,31 @@ def attention_grad(
             )
             # Both have read the keys before either writes over them.
             mosaic.meet(PAIR, pair)
-            own = pl.ds(first_row, ROWS)
-            k, v = k_now.at[own], v_now.at[own]
+            k, v = k_s.at[pl.ds(first_row, ROWS)], v_s.at[pl.ds(first_row, ROWS)]
             k[...] = (d_key * scale).astype(dtype)
             v[...] = d_value.astype(dtype)
             plgpu.commit_smem()
-
-            def leave():
-                rows = pl.ds(start + first_row, ROWS)
-                plgpu.copy_smem_to_gmem(k, dk_g.at[b, rows, head])
-                plgpu.copy_smem_to_gmem(v, dv_g.at[b, rows, head])
-
-            pl.when(turns.exists(block, t))(leave) if tiles > 1 else leave()
-            return before + steps
+            rows = pl.ds(start + first_row, ROWS)
+            plgpu.copy_smem_to_gmem(k, dk_g.at[b, rows, head])
+            plgpu.copy_smem_to_gmem(v, dv_g.at[b, rows, head])
+            plgpu.wait_smem_to_gmem(0)
 
         def produce():
             plgpu.set_max_registers(24, action="decrease")
 
-            def fetch(t):
-                b, head, start = place_of(t)
-                kv_head = lax.div(head, jnp.int32(heads // key_heads))
-                buffer, keys = buffer_of(t), pl.ds(start, tile)
-                for gmem, smem in ((k_g, k_s), (v_g, v_s)):
-                    plgpu.copy_gmem_to_smem(
-                        gmem.at[b, keys, kv_head], smem.at[buffer], kv_full.at[buffer]
-                    )
+            @mosaic.by_one_warp
+            def _():
+                keys = pl.ds(start, tile)
+                plgpu.copy_gmem_to_smem(k_g.at[b, keys, kv_head], k_s, kv_full)
+                plgpu.copy_gmem_to_smem(v_g.at[b, keys, kv_head], v_s, kv_full)
 
-            def produce_tile(t, before):
-                b, head, _ = place_of(t)
-                visits, steps = visits_of(t)
+                steps = visits.count * split
 
                 @pl.loop(0, steps)
                 def _(j):
-                    slot = lax.rem(before + j, jnp.int32(stages))
-                    rows = pl.ds(sum(query_start(visits, j)), query_tile)
-                    again = before + j >= stages
+                    slot = lax.rem(j, jnp.int32(stages))
+                    rows = pl.ds(sum(query_start(j)), query_tile)
+                    again = j >= stages
                     pl.when(again)(lambda: plgpu.barrier_wait(q_free.at[slot]))
                     full = q_full.at[slot]
                     plgpu.copy_gmem_to_smem(q_g.at[b, rows, head], q_s.at[slot], full)
@@ -265,23 +231,7 @@ def attention_grad(
                         do_g.at[b, rows, head], do_s.at[slot], do_full.at[slot]
                     )
 
-                if tiles > 1:
-
-                    @pl.when(t + 1 < tiles)
-                    def _():
-                        # The place of the tile before the one that is served now.
-                        buffer = buffer_of(t + 1)
-                        pl.when(t > 0)(lambda: plgpu.barrier_wait(kv_free.at[buffer]))
-                        fetch(t + 1)
-
-                return before + steps
-
-            @mosaic.by_one_warp
-            def _():
-                fetch(0)
-                total = turns.each(produce_tile)
-
-                @pl.loop(jnp.maximum(total - stages, 0), total)
+                @pl.loop(jnp.maximum(steps - stages, 0), steps)
                 def _(j):
                     slot = lax.rem(j, jnp.int32(stages))
                     plgpu.barrier_wait(q_free.at[slot])
@@ -292,7 +242,6 @@ def attention_grad(
 
     swizzle = mosaic.swizzle_of(columns_held, dtype)
     slots = functools.partial(plgpu.Barrier, num_barriers=stages)
-    keys = functools.partial(plgpu.Barrier, num_barriers=buffers)
     parts = head_size // columns_held
     d_query = jnp.zeros(
         (batch, heads, query_len // ROWS, parts, ROWS * columns_held), jnp.float32
@@ -306,15 +255,14 @@ def attention_grad(
         (query, key, value, d_out, lse, delta, *lists, *looked_up),
         (d_query, d_key, d_value),
         scratch=[
-            mosaic.tiled((buffers, tile, head_size), dtype, swizzle),
-            mosaic.tiled((buffers, tile, value_size), dtype),
+            mosaic.tiled((tile, head_size), dtype, swizzle),
+            mosaic.tiled((tile, value_size), dtype),
             mosaic.tiled((stages, query_tile, head_size), dtype, swizzle),
             mosaic.tiled((stages, query_tile, value_size), dtype),
             plgpu.SMEM((stages, 2, query_tile), jnp.float32),
             mosaic.tiled((2, tile, query_tile), dtype, swizzle),
             plgpu.SMEM((2, words, query_tile), jnp.int32) if words else None,
-            keys(num_arrivals=2),
-            keys(num_arrivals=2),
+            plgpu.Barrier(num_arrivals=2),
             slots(num_arrivals=3),
             slots(),
             slots(num_arrivals=2),
@@ -323,8 +271,8 @@ def attention_grad(
             mosaic.emulated(plgpu.SMEM((2, ROWS, head_size), jnp.float32)),
             mosaic.emulated(plgpu.SMEM((2, ROWS, value_size), jnp.float32)),
         ],
-        grid=(turns.blocks,),
-        grid_names=("block",),
+        grid=(heads, key_len // tile, batch),
+        grid_names=("h", "k", "b"),
         num_threads=3,
         thread_name="wg",
         kernel_name="attention_grad",

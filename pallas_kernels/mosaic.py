@@ -349,7 +349,7 @@ def two_products(first, second, meanwhile, *, issued=lambda: None):
 
 
 def product_beside(first, second, write, *, issued):
-    """`write(a b)` while `acc += c d` is computed, and then waits for that.
+    """`write(a b)` while `acc += c d` is computed, which may go on: see `wait`.
 
     `issued` runs when both are on their way and the product before them is done.
     """
@@ -369,7 +369,12 @@ def product_beside(first, second, write, *, issued):
         write(plgpu.wgmma_accumulator_load(left, wait_n=1))
 
     pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
-    plgpu.wgmma_wait(0)
+
+
+def wait_for_products():
+    """Waits for all products of this warpgroup."""
+    if not interpreted():
+        plgpu.wgmma_wait(0)
 
 
 def add_product(acc, a, b):

@@ -263,10 +263,8 @@ def _backward(call, residuals, cotangents):
     delta -= jnp.swapaxes(d_lse, 1, 2)
     transposed = call.transposed
     if transposed is None:
-        same = call.grad_block_mask
-        if is_traced(same.counts):
-            # Their arrays come as arguments: those of `call` may be another trace's.
-            same = dataclasses.replace(same, **lists._asdict())
+        # Their arrays come as arguments: those of `call` may be another trace's.
+        same = dataclasses.replace(call.grad_block_mask, **lists._asdict())
         transposed = functools.partial(transpose, same)
     # A query that saw nothing gets the weight exp(-inf) everywhere.
     lse = jnp.where(jnp.isfinite(lse), lse, jnp.inf)
@@ -291,18 +289,12 @@ def _backward(call, residuals, cotangents):
             grads.append(kernel(arrays, (visited, looked_up)))
         d_query, d_key, d_value = grads
         return *pull(d_query[:, :query_len]), d_key, d_value, None, None, None, None
-    costs = None
-    if size > _NARROW:  # With narrow ones, of which a step has more, registers spill.
-        costs = _costs(by_key.counts, query, call.grad_masking.key_block // BLOCK)
-    if costs is not None:  # Batches come first, then tiles, then heads.
-        costs = costs.transpose(1, 2, 0)
     kernel = mappable(
         grad_kernel,
         call.grad_masking,
         scale=call.scale,
         query_tile=2 * ROWS if size <= _NARROW else ROWS,
         stages=2,
-        tiles=_tiles_in_turn(costs),
     )
     d_query, d_key, d_value = kernel(arrays, (by_key, looked_up))
     d_key, d_value = sum_of_groups(d_key, key), sum_of_groups(d_value, value)
