@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from attnx._checks import expect
 from attnx.parallel.axes import AxisName, axis_size, from_next
 from attnx.parallel.pieces import key_ids, of_pieces
-from attnx.softmax import KernelConfig, dot_product_attention, merge_attention
-from attnx.softmax.engine import check_arrays
+from attnx.softmax import KernelConfig, merge_attention
+from attnx.softmax.engine import attend, check_arrays
 from attnx.softmax.mask import Mask
 from attnx.softmax.masks import Causal, Full
 
@@ -114,7 +114,7 @@ class _Call:
     known: list
     treedef: jax.tree_util.PyTreeDef
 
-    def attend(self, arrays, step, query, key, value, ids):
+    def attend(self, arrays, step, query, key, value, ids, whole=None):
         """Attends to the keys of the device that is `step` further on."""
         remaining = iter(arrays)
         leaves = [next(remaining) if x is None else x for x in self.known]
@@ -129,14 +129,16 @@ class _Call:
             query_size,
             key_size,
         )
-        return dot_product_attention(
+        return attend(
+            "ring_attention",
             query,
             key,
             value,
+            None,
             mask=mask,
             scale=self.scale,
             implementation=self.implementation,
-            return_residual=True,
+            whole=whole,
         )
 
     def _starts(self, device, size):
@@ -182,21 +184,14 @@ def _forward(call, query, key, value, masking):
 def _backward(call, residuals, cotangents):
     query, key, value, (arrays, ids), out, lse = residuals
     dtype = jnp.promote_types(query.dtype, jnp.float32)
-    d_out, d_lse = cotangents
-    d_out = d_out.astype(dtype)
-    # A query that saw nothing weighs every part exp(-inf).
-    lse = jnp.where(jnp.isfinite(lse), lse, jnp.inf)
-    # merge: out = sum_j w_j out_j with w_j = exp(lse_j - lse).
-    rest = d_lse - (d_out * out.astype(dtype)).sum(-1)
 
     def pull(step, d_query, travels, gradients):
         key, value, ids = travels
-        attend = lambda *tokens: call.attend(arrays, step, *tokens, ids)
-        (part, part_lse), vjp = jax.vjp(attend, query, key, value)
-        weight = jnp.exp(part_lse - lse)
-        d_part = (weight[..., None] * d_out).astype(part.dtype)
-        d_part_lse = weight * ((d_out * part.astype(dtype)).sum(-1) + rest)
-        grads = vjp((d_part, d_part_lse.astype(part_lse.dtype)))
+
+        def attend(*tokens):
+            return call.attend(arrays, step, *tokens, ids, whole=(out, lse))
+
+        grads = jax.vjp(attend, query, key, value)[1](cotangents)
         sums = (d_query, *gradients)
         return tuple(x + y.astype(dtype) for x, y in zip(sums, grads, strict=True))
 

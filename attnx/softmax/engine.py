@@ -16,6 +16,7 @@ from attnx._dispatch import dispatch
 from attnx.softmax import pallas, pallas_decode, reference, xla
 from attnx.softmax.block_mask import BlockMask
 from attnx.softmax.mask import Mask
+from attnx.softmax.merge import as_part
 from attnx.softmax.pallas import KernelConfig, Rows
 from attnx.softmax.tile_order import TileOrder
 
@@ -34,6 +35,7 @@ def attend(
     orders: Mapping[str, TileOrder] | None = None,
     decodes: bool = False,
     rows: Rows | None = None,
+    whole: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs the engine on checked arrays: what every softmax mechanism comes to.
 
@@ -52,6 +54,8 @@ def attend(
       decodes: few queries and a `Mask`; the GPU has a way of its own for these.
       rows: the rows of the query that attend, in the order of the mask's queries, if
         not all as they come.
+      whole: the result over these keys and others, where it is known. It is returned as
+        it is; its gradient is the part that goes by way of these keys.
 
     Returns:
       The output `[B, T, N, V]` and the log-sum-exp `[B, T, N]`.
@@ -86,13 +90,14 @@ def attend(
             heads=heads,
         )
 
-    def by_reference(query, key, value, bias, rows):
+    def by_reference(query, key, value, bias, rows, whole):
         query = query if rows is None else rows.take(query)
-        return reference.attention(
-            query, key, value, bias, mask=mask, scale=float(scale)
-        )
+        run = functools.partial(reference.attention, mask=mask, scale=float(scale))
+        if whole is not None:
+            return as_part(run, whole, query, key, value, bias)
+        return run(query, key, value, bias)
 
-    def by_xla(query, key, value, bias, rows):
+    def by_xla(query, key, value, bias, rows, whole):
         query = query if rows is None else rows.take(query)
         if orders is not None:
             order = orders["xla"]
@@ -108,10 +113,10 @@ def attend(
         else:
             blocks = block_mask(sizes)
         return xla.attention(
-            query, key, value, bias, block_mask=blocks, scale=float(scale)
+            query, key, value, bias, block_mask=blocks, scale=float(scale), whole=whole
         )
 
-    def by_pallas(query, key, value, bias, rows):
+    def by_pallas(query, key, value, bias, rows, whole):
         if decodes and isinstance(mask, Mask):
             return pallas_decode.attention(
                 query, key, value, mask=mask, scale=float(scale)
@@ -137,6 +142,7 @@ def attend(
             block_mask=blocks,
             grad_block_mask=grad_blocks,
             rows=rows,
+            whole=whole,
         )
 
     return dispatch(
@@ -157,6 +163,7 @@ def attend(
         value,
         bias,
         rows,
+        whole,
     )
 
 
@@ -167,6 +174,7 @@ def unsupported(
     value: jax.Array,
     bias: jax.Array | None,
     rows: Rows | None = None,
+    whole: tuple[jax.Array, jax.Array] | None = None,
     *,
     mask: Mask | BlockMask,
     decodes: bool = False,

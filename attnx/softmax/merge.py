@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -62,3 +63,33 @@ def merge_attention(
     )
     merged = jnp.where(empty, -jnp.inf, peak + jnp.log(total))
     return out.astype(outputs[0].dtype), merged
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def as_part(attend, whole, *operands):
+    """`whole`, of which `attend(*operands)` is a part, with the gradient of the part.
+
+    Both are an output `[..., V]` and a log-sum-exp `[...]`, as `merge_attention` takes
+    and returns.
+    """
+    return whole
+
+
+def _part_forward(attend, whole, *operands):
+    return whole, (whole, operands)
+
+
+def _part_backward(attend, residuals, cotangents):
+    (out, lse), operands = residuals
+    d_out, d_lse = (x.astype(lse.dtype) for x in cotangents)
+    # A query that saw nothing weighs every part exp(-inf).
+    lse = jnp.where(jnp.isfinite(lse), lse, jnp.inf)
+    (part, part_lse), pull = jax.vjp(attend, *operands)
+    # out = sum_j w_j out_j with w_j = exp(lse_j - lse).
+    weight = jnp.exp(part_lse - lse)
+    along = (d_out * (part.astype(lse.dtype) - out.astype(lse.dtype))).sum(-1)
+    d_part = (weight[..., None] * d_out).astype(part.dtype)
+    return None, *pull((d_part, weight * (along + d_lse)))
+
+
+as_part.defvjp(_part_forward, _part_backward)

@@ -76,13 +76,14 @@ def attention(
     transposed: Callable[[], Lists] | None = None,
     config: KernelConfig = KernelConfig(),
     rows: Rows | None = None,
+    whole: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attends over the listed blocks, as `reference.attention` over its mask.
 
     The backward walks the blocks of `grad_block_mask`, by default `block_mask`;
     `transposed` makes the lists of queries for each key block where there is a better
     way than from these. With `rows` the lists are for these rows of the query, which
-    the forward kernel gathers itself.
+    the forward kernel gathers itself. `whole` is as in `engine.attend`.
     """
     grad_block_mask = grad_block_mask or block_mask
     batch, query_len, heads, _ = query.shape
@@ -118,7 +119,12 @@ def attention(
         Lists(blocks.indices, blocks.counts, blocks.partial_counts)
         for blocks in (block_mask, grad_block_mask)
     )
-    out, lse = _attention(call, *padded, lists, grad_lists, looked_up, rows)
+    if whole is not None:
+        out, lse = whole
+        rest = padded[0].shape[1] - query_len
+        lse = jnp.pad(lse, ((0, 0), (0, rest), (0, 0)), constant_values=-jnp.inf)
+        whole = _pad(out, rest), lse
+    out, lse = _attention(call, *padded, lists, grad_lists, looked_up, rows, whole)
     return out[:, :query_len], lse[:, :query_len]
 
 
@@ -181,11 +187,15 @@ class _Call:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(call, query, key, value, lists, grad_lists, looked_up, rows):
-    return _forward(call, query, key, value, lists, grad_lists, looked_up, rows)[0]
+def _attention(call, *operands):
+    return _forward(call, *operands)[0]
 
 
-def _forward(call, query, key, value, lists, grad_lists, looked_up, rows):
+def _forward(call, query, key, value, lists, grad_lists, looked_up, rows, whole):
+    if whole is not None:
+        out, lse = whole
+        lse = jnp.swapaxes(lse, 1, 2) * LOG2E
+        return whole, (query, key, value, grad_lists, looked_up, rows, out, lse)
     batch, _, heads, _ = query.shape
     size = max(query.shape[-1], value.shape[-1])
     small = size <= _NARROW
@@ -288,7 +298,7 @@ def _backward(call, residuals, cotangents):
             visited = lists if by == "query" else by_key
             grads.append(kernel(arrays, (visited, looked_up)))
         d_query, d_key, d_value = grads
-        return *pull(d_query[:, :query_len]), d_key, d_value, None, None, None, None
+        return *pull(d_query[:, :query_len]), d_key, d_value, *[None] * 5
     kernel = mappable(
         grad_kernel,
         call.grad_masking,
@@ -298,7 +308,7 @@ def _backward(call, residuals, cotangents):
     )
     d_query, d_key, d_value = kernel(arrays, (by_key, looked_up))
     d_key, d_value = sum_of_groups(d_key, key), sum_of_groups(d_value, value)
-    return *pull(d_query[:, :query_len]), d_key, d_value, None, None, None, None
+    return *pull(d_query[:, :query_len]), d_key, d_value, *[None] * 5
 
 
 _attention.defvjp(_forward, _backward)

@@ -28,17 +28,23 @@ def attention(
     *,
     block_mask: BlockMask,
     scale: float,
+    whole: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attends over the listed blocks, as `reference.attention` over its mask."""
-    return _compiled(query, key, value, bias, block_mask, scale)
+    """Attends over the listed blocks, as `reference.attention` over its mask.
+
+    `whole` is as in `engine.attend`.
+    """
+    return _compiled(query, key, value, bias, block_mask, whole, scale)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attention(query, key, value, bias, block_mask, scale):
-    return _forward(query, key, value, bias, block_mask, scale)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _attention(*operands):
+    return _forward(*operands)[0]
 
 
-def _forward(query, key, value, bias, block_mask, scale):
+def _forward(query, key, value, bias, block_mask, whole, scale):
+    if whole is not None:
+        return whole, (query, key, value, bias, block_mask, *whole)
     cut = _Cut.of(query, key, block_mask)
     q, k, v, b = cut.arrays(query, key, value, bias)
 
@@ -119,11 +125,12 @@ def _backward(scale, residuals, cotangents):
         _crop(d_value, value),
         None if bias is None else _crop(d_bias, bias),
         None,
+        None,
     )
 
 
 _attention.defvjp(_forward, _backward)
-_compiled = jax.jit(_attention, static_argnums=5)
+_compiled = jax.jit(_attention, static_argnums=6)
 
 
 @dataclasses.dataclass(frozen=True)
