@@ -21,7 +21,8 @@ from attnx._checks import expect, is_traced
 from attnx.select.blocks import Blocks, check_block_size, in_blocks
 from attnx.select.choice import Choice
 from attnx.select.chosen import Chosen
-from attnx.select.parts import Rows, merged_parts, plan_tiles, split_tiles
+from attnx.select.parts import Rows
+from attnx.select.tiles import Tiles, plan_tiles, split_tiles
 from attnx.softmax import (
     BlockMask,
     KernelConfig,
@@ -177,7 +178,7 @@ class _Turns:
             return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis)
 
         def step(i, carry):
-            chosen = [part(x, i, 1) for x in lists]
+            chosen = Tiles(*(part(x, i, 1) for x in lists))
             attend = functools.partial(self.attend, lists=chosen, seen=seen)
             found = body([part(x, i, 2) for x in arrays], attend)
             write = jax.lax.dynamic_update_slice_in_dim
@@ -266,40 +267,40 @@ def _attend(
     if not isinstance(sizes, np.ndarray) or (sizes % step).any():
         mask = _Inside(jnp.asarray(sizes), steps * step)
 
-    def part(query, lists, rest):
-        rows, place, block, used = lists
+    def part(query, run, rest):
         size = jnp.take_along_axis(
-            jnp.broadcast_to(jnp.asarray(sizes)[:, None], (batch, 1, count)), block, 2
+            jnp.broadcast_to(jnp.asarray(sizes)[:, None], (batch, 1, count)),
+            run.block,
+            2,
         )
         is_short = (size % step > 0).astype(jnp.int32)
         order = jnp.arange(steps) - is_short[..., None]
         order = jnp.where(order < 0, (size // step)[..., None], order)
-        out, lse = attend(
+        places = run.index.shape[2]
+        return attend(
             "routed_attention",
             query,
             key,
             value,
             None,
             mask=BlockMask(
-                jnp.minimum(block[..., None] * steps + order, count * steps - 1),
-                used * (size // step + is_short),
-                used * is_short,
+                jnp.minimum(run.block[..., None] * steps + order, count * steps - 1),
+                run.used * (size // step + is_short),
+                run.used * is_short,
                 Full() if mask is None else mask,
-                query_len=rows.shape[2],
+                query_len=places,
                 key_len=key.shape[1],
-                block_size=(rows.shape[2] // block.shape[2], step),
+                block_size=(places // run.block.shape[2], step),
             ),
-            rows=Rows(rows, place, per_row),
+            rows=Rows(*run[:4], length, per_row),
+            rest=rest,
             **options,
         )
-        merge = functools.partial(merged_parts, per_row, length)
-        merge = jax.vmap(jax.vmap(merge, (1, 1, 0, 0, 1), 1))
-        return merge(out, lse, rows, place, rest)
 
-    for some in split_tiles(lists, shares):
+    for run in split_tiles(lists, shares, num_rows=length, per_row=per_row):
         # One after the other, so that memory holds the parts of one.
         query, merged = jax.lax.optimization_barrier((query, merged))
-        merged = part(query, some, merged)
+        merged = part(query, run, merged)
     return merged
 
 

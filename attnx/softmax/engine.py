@@ -16,7 +16,8 @@ from attnx._dispatch import dispatch
 from attnx.softmax import pallas, pallas_decode, reference, xla
 from attnx.softmax.block_mask import BlockMask
 from attnx.softmax.mask import Mask
-from attnx.softmax.pallas import KernelConfig, Rows
+from attnx.softmax.pallas import KernelConfig
+from attnx.softmax.pallas_rows import ROW_KERNELS, Rows
 from attnx.softmax.tile_order import TileOrder
 
 
@@ -34,6 +35,7 @@ def attend(
     orders: Mapping[str, TileOrder] | None = None,
     decodes: bool = False,
     rows: Rows | None = None,
+    rest: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs the engine on checked arrays: what every softmax mechanism comes to.
 
@@ -51,7 +53,8 @@ def attend(
         come.
       decodes: few queries and a `Mask`; the GPU has a way of its own for these.
       rows: the rows of the query that attend, in the order of the mask's queries, if
-        not all as they come.
+        not all as they come. A row may do so more than once: its parts are merged.
+      rest: with `rows`, one more part of every row of the query, as is returned.
 
     Returns:
       The output `[B, T, N, V]` and the log-sum-exp `[B, T, N]`.
@@ -86,14 +89,22 @@ def attend(
             heads=heads,
         )
 
-    def by_reference(query, key, value, bias, rows):
-        query = query if rows is None else rows.take(query)
+    def of_rows(attention):
+        """What takes the rows to attend as queries of their own, and merges them."""
+
+        def run(query, key, value, bias, rows, rest):
+            if rows is None:
+                return attention(query, key, value, bias)
+            return rows.merge(*attention(rows.take(query), key, value, bias), rest)
+
+        return run
+
+    def by_reference(query, key, value, bias):
         return reference.attention(
             query, key, value, bias, mask=mask, scale=float(scale)
         )
 
-    def by_xla(query, key, value, bias, rows):
-        query = query if rows is None else rows.take(query)
+    def by_xla(query, key, value, bias):
         if orders is not None:
             order = orders["xla"]
             run = functools.partial(xla.attention, bias=None, scale=float(scale))
@@ -111,7 +122,7 @@ def attend(
             query, key, value, bias, block_mask=blocks, scale=float(scale)
         )
 
-    def by_pallas(query, key, value, bias, rows):
+    def by_pallas(query, key, value, bias, rows, rest):
         if decodes and isinstance(mask, Mask):
             return pallas_decode.attention(
                 query, key, value, mask=mask, scale=float(scale)
@@ -130,21 +141,19 @@ def attend(
         size, grad_size = pallas.block_sizes(query, value, config)
         blocks = block_mask(size)
         grad_blocks = blocks if size == grad_size else block_mask(grad_size)
-        return run(
-            query,
-            key,
-            value,
-            block_mask=blocks,
-            grad_block_mask=grad_blocks,
-            rows=rows,
-        )
+        run = functools.partial(run, block_mask=blocks, grad_block_mask=grad_blocks)
+        if rows is None:
+            return run(query, key, value)
+        # The kernel takes the rows itself.
+        rows = rows.by(ROW_KERNELS)
+        return rows.merge(*run(query, key, value, rows=rows), rest)
 
     return dispatch(
         mechanism,
         implementation,
         {
-            "reference": by_reference,
-            "xla": by_xla,
+            "reference": of_rows(by_reference),
+            "xla": of_rows(by_xla),
             "pallas": by_pallas,
         },
         functools.partial(
@@ -157,6 +166,7 @@ def attend(
         value,
         bias,
         rows,
+        rest,
     )
 
 
@@ -167,6 +177,7 @@ def unsupported(
     value: jax.Array,
     bias: jax.Array | None,
     rows: Rows | None = None,
+    rest: tuple[jax.Array, jax.Array] | None = None,
     *,
     mask: Mask | BlockMask,
     decodes: bool = False,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from attnx._groups import sum_of_groups
 from attnx.softmax.block_mask import BlockMask, transpose
 from attnx.softmax.mask import Mask
 from attnx.softmax.masks import Full
+from attnx.softmax.pallas_rows import Rows
 from pallas_kernels.attention import attention as attention_kernel
 from pallas_kernels.attention_grad import attention_grad as grad_kernel
 from pallas_kernels.attention_grad_ordered import (
@@ -37,19 +37,6 @@ _NARROW = 64
 _PROCESSORS = 132
 _SHORT = 4
 _EVEN = 0.9
-
-
-class Rows(Protocol):
-    """Rows of the query, as a pytree."""
-
-    @property
-    def index(self) -> jax.Array:
-        """`[B or 1, N, M]`: which row is in each place, past the end for none."""
-        ...
-
-    def take(self, query: jax.Array) -> jax.Array:
-        """`[B, T, N, H]` to `[B, M, N, H]`, with a gradient."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
