@@ -39,7 +39,7 @@ def runs(plan, choice, implementation, shares):
     """`Rows` of each run of tiles, as the implementation has them."""
     split = tiles.split_tiles(plan, shares, num_rows=T, per_row=choice.per_row)
     for run in split:
-        rows = parts.Rows(*run[:4], T, choice.per_row)
+        rows = parts.Rows(*run[:4], None, T, choice.per_row)
         yield rows.by(ROW_KERNELS) if implementation == "pallas" else rows
 
 
@@ -138,15 +138,15 @@ def test_kernels_lower_for_cuda(size):
     [rows] = runs(plan, choice, "pallas", (1,))
     places = plan.index.shape[2]
 
-    def gradients(x, lse):
-        taken = rows.take(x)
-        return rows.merge(taken, lse, (x, lse[:, :T]))[0].astype(jnp.float32).sum()
+    def merged_and_pulled(x, lse):
+        taken, pull = jax.vjp(rows.take, x)
+        return rows.merge(taken, lse, (x, lse[:, :T])), pull(taken)
 
     structs = (
         jax.ShapeDtypeStruct((B, T, N, size), jnp.float16),
         jax.ShapeDtypeStruct((B, places, N), jnp.float32),
     )
-    run = jax.jit(jax.grad(gradients)).trace(*structs)
+    run = jax.jit(merged_and_pulled).trace(*structs)
     text = run.lower(lowering_platforms=("cuda",)).as_text()
     assert len(re.findall(r"custom_call @mosaic_gpu\w*\(", text)) == 2
 

@@ -233,7 +233,8 @@ def test_routed_attention_is_attention_under_the_choice(name):
 
 @pytest.mark.parametrize("name", ["top k", "head"])
 def test_heads_may_be_routed_in_turn(name, monkeypatch):
-    monkeypatch.setattr("attnx.select.routed._PAIRS", 1)
+    monkeypatch.setattr("attnx.select.turns._PAIRS", 1)
+    monkeypatch.setattr("attnx.select.turns._RUNS", 2)
     arrays = normal(1, (B, T, N, H), (B, T, K, H), (B, T, K, H))
     choice = CHOICES[name](scores())
     assert_matches(routed(choice, "xla"), routed(choice, "reference"), arrays)
@@ -243,7 +244,8 @@ def test_heads_may_be_routed_in_turn(name, monkeypatch):
 @pytest.mark.parametrize("scope", ["row", "layer"])
 def test_what_is_seen_beside_is_merged(scope, traced, monkeypatch):
     """Earlier blocks are chosen, the own one is seen; the heads take turns."""
-    monkeypatch.setattr("attnx.select.routed._PAIRS", 1)
+    monkeypatch.setattr("attnx.select.turns._PAIRS", 1)
+    monkeypatch.setattr("attnx.select.turns._RUNS", 2)
     arrays = normal(1, (B, T, N, H), (B, T, K, H), (B, T, K, H))
     own = np.arange(T) // BLOCK
     valid = own[:, None] > np.arange(COUNT)

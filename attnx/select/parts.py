@@ -17,7 +17,7 @@ _AT_ONCE = 16
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("index", "place", "first", "stop"),
+    data_fields=("index", "place", "first", "stop", "known"),
     meta_fields=("length", "per_row", "kernels"),
 )
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Rows:
       place: int32 `[B, N, P]`, the place of each pair.
       first: int32 `[B, N, T]`, the first pair of each row, or None.
       stop: int32 `[B, N, T]`, where its pairs end, or None.
+      known: what all runs come to, `[B, T, N, V]` and `[B, T, N]`, or None. With it
+        nothing is attended or merged again: it is there for the gradient.
       length: T.
       per_row: pairs of each row, one after the other, or None where that varies.
       kernels: what sums up the parts of rows where their number varies, if not XLA.
@@ -38,6 +40,7 @@ class Rows:
     place: jax.Array
     first: jax.Array | None
     stop: jax.Array | None
+    known: tuple[jax.Array, jax.Array] | None
     length: int
     per_row: int | None
     kernels: RowKernels | None = None
@@ -56,7 +59,19 @@ class Rows:
 
         `rest` is one more part of every row, `[B, T, N, V]` and `[B, T, N]`, or None.
         """
-        return _merged(self, out, lse, rest)
+        if self.known is not None:
+            return _known(self, out, lse, rest)
+        if self._kernels is not None:
+            return self._kernels.merge(out, lse, self._pairs, rest)
+        merge = functools.partial(_merged, self)
+        return jax.vmap(jax.vmap(merge, (1, 1, 0, 1), 1))(out, lse, self._pairs, rest)
+
+    def known_parts(self) -> tuple[jax.Array, jax.Array] | None:
+        """What is known, of the row in each place; 0 and -inf where there is none."""
+        if self.known is None:
+            return None
+        out, lse = self.known
+        return _of_places(self.index, out), _of_places(self.index, lse, -jnp.inf)
 
     def by(self, kernels: RowKernels) -> Rows:
         """The same, where parts of a varying number are summed up by kernels."""
@@ -115,15 +130,7 @@ def _taken_backward(rows, grads):
 _taken.defvjp(_taken_forward, _taken_backward)
 
 
-@jax.custom_vjp
-def _merged(rows, out, lse, rest):
-    if rows._kernels is not None:
-        return rows._kernels.merge(out, lse, rows._pairs, rest)
-    merge = functools.partial(_merged_list, rows)
-    return jax.vmap(jax.vmap(merge, (1, 1, 0, 1), 1))(out, lse, rows._pairs, rest)
-
-
-def _merged_list(rows, out, lse, pairs, rest):
+def _merged(rows, out, lse, pairs, rest):
     def merge(state, places):
         peak, total, merged = state
         each = jnp.take(lse, places, mode="fill", fill_value=-jnp.inf)
@@ -147,36 +154,50 @@ def _merged_list(rows, out, lse, pairs, rest):
     return merged, jnp.where(empty, -jnp.inf, peak + jnp.log(total))
 
 
-def _merged_forward(rows, out, lse, rest):
-    merged, total = _merged(rows, out, lse, rest)
-    return (merged, total), (rows, out, lse, rest, merged, total)
+@jax.custom_vjp
+def _known(rows, out, lse, rest):
+    return rows.known
 
 
-def _merged_backward(residuals, grads):
-    rows, *residuals = residuals
-    pull = functools.partial(_merged_backward_list, rows.length)
-    pull = jax.vmap(jax.vmap(pull, (0, *[1] * 7), 1))
-    return None, *pull(rows.index, *residuals, *grads)
+def _known_forward(rows, out, lse, rest):
+    return rows.known, (rows.index, rest is not None)
 
 
-def _merged_backward_list(length, index, out, lse, rest, merged, total, *grads):
-    d_merged, d_total = grads
-    change = d_total - jnp.sum(d_merged.astype(lse.dtype) * merged, -1)
-
-    def grads_of(out, lse, is_part, of_part):
-        is_part &= lse > -jnp.inf
-        weights = jnp.where(is_part, jnp.exp(lse - of_part(total)), 0)
-        grad = of_part(d_merged).astype(lse.dtype)
-        d_lse = weights * (jnp.sum(grad * out, -1) + of_part(change))
-        return (weights[:, None] * grad).astype(out.dtype), d_lse
-
-    take = functools.partial(jnp.take, indices=index, axis=0, mode="clip")
-    of_parts = grads_of(out, lse, index < length, take)
-    of_rest = None if rest is None else grads_of(*rest, True, lambda x: x)
-    return *of_parts, of_rest
+def _known_backward(residuals, grads):
+    # Weights of pairs are those of the whole, and so are the gradients of its parts.
+    index, has_rest = residuals
+    of_parts = [_of_places(index, x) for x in grads]
+    return None, *of_parts, grads if has_rest else None
 
 
-_merged.defvjp(_merged_forward, _merged_backward)
+_known.defvjp(_known_forward, _known_backward)
+
+
+@jax.custom_vjp
+def whole_of(known, out, lse):
+    """`known`, of which the other is a part that has its gradient."""
+    return known
+
+
+def _whole_forward(known, out, lse):
+    return known, (known, out, lse)
+
+
+def _whole_backward(residuals, grads):
+    (merged, total), out, lse = residuals
+    d_merged, d_total = (x.astype(lse.dtype) for x in grads)
+    change = d_total + jnp.sum(d_merged * (out.astype(lse.dtype) - merged), -1)
+    weight = jnp.where(lse > -jnp.inf, jnp.exp(lse - total), 0)
+    return None, (weight[..., None] * d_merged).astype(out.dtype), weight * change
+
+
+whole_of.defvjp(_whole_forward, _whole_backward)
+
+
+def _of_places(index, x, fill=0):
+    """`[B, T, N, ...]` of the rows in `[B, N, M]` places, `[B, M, N, ...]`."""
+    take = functools.partial(jnp.take, axis=0, mode="fill", fill_value=fill)
+    return jax.vmap(jax.vmap(take, (1, 0), 1))(x, index)
 
 
 def _parts(x, places):

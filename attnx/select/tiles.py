@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-import math
 from typing import NamedTuple
 
 import jax
@@ -32,15 +32,27 @@ class Tiles(NamedTuple):
 
 
 def plan_tiles(rows, blocks, *, num_rows, count, tile):
-    """Sorts the pairs of `[B, N, P]` by block and fills `Tiles`.
+    """Sorts the pairs of `[B, N, P]` by block and fills `Tiles`."""
+    plan = functools.partial(_plan, num_rows=num_rows, count=count, tile=tile)
+    return Tiles(rows, *_by_batch(plan, rows, blocks))
 
-    All lists as one: then every look-up is in one long array, which the compiler fuses
-    with what is around it, and the device sorts it faster than many short ones.
+
+def _by_batch(fn, *arrays):
+    """`fn` of each row of the batch, where one needs no look-ups by row."""
+    if len(arrays[0]) == 1:
+        return jax.tree.map(lambda x: x[None], fn(*(x[0] for x in arrays)))
+    return jax.vmap(fn)(*arrays)
+
+
+def _plan(rows, blocks, *, num_rows, count, tile):
+    """`Tiles` of `[N, P]`, all lists as one.
+
+    Then every look-up is in one long array, which the compiler fuses with what is
+    around it, and the device sorts it faster than many short ones.
     """
-    *shape, pairs = blocks.shape
-    lists = math.prod(shape)
+    lists, pairs = blocks.shape
     each = jnp.arange(lists, dtype=jnp.int32)[:, None]
-    number = each * (count + 1) + blocks.reshape(lists, pairs)
+    number = each * (count + 1) + blocks
     number = number.reshape(-1)
     if lists * (count + 1) <= 1 << 16:
         number = number.astype(jnp.uint16)
@@ -73,10 +85,7 @@ def plan_tiles(rows, blocks, *, num_rows, count, tile):
     place += starts.reshape(-1)[at] * tile - first.reshape(-1)[at]
     place = jnp.where(ordered < count, place, most * tile).reshape(-1)
     place = jnp.zeros_like(place).at[order].set(place, unique_indices=True)
-    place, index, block, used = (
-        x.reshape(*shape, -1) for x in (place, index, block, used)
-    )
-    return Tiles(rows, place, index, block, used)
+    return tuple(x.reshape(lists, -1) for x in (place, index, block, used))
 
 
 class Run(NamedTuple):
@@ -106,37 +115,36 @@ def split_tiles(tiles, shares, *, num_rows, per_row):
     tile = tiles.index.shape[2] // count
     total = sum(shares)
     bounds = sorted({count * x // total for x in (0, *itertools.accumulate(shares))})
-    pairs = [(None, None)] * (len(bounds) - 1)
+    pairs = None
     if per_row is None:
-        pairs = _pairs_of_rows(tiles, np.array(bounds[1:]) * tile, num_rows)
-    edges = itertools.pairwise(bounds)
-    for (first, stop), of_rows in zip(edges, pairs, strict=True):
+        stops = np.array(bounds[1:], np.int32) * tile
+        find = functools.partial(_pairs_of_rows, stops=stops, num_rows=num_rows)
+        pairs = _by_batch(find, tiles.owner, tiles.place)
+    for i, (first, stop) in enumerate(itertools.pairwise(bounds)):
         size = (stop - first) * tile
         inside = tiles.place - first * tile
         yield Run(
             tiles.index[:, :, first * tile : stop * tile],
             jnp.where((inside >= 0) & (inside < size), inside, size),
-            *of_rows,
+            *(None, None) if pairs is None else (x[:, i] for x in pairs),
             tiles.block[:, :, first:stop],
             tiles.used[:, :, first:stop],
         )
 
 
-def _pairs_of_rows(tiles, stops, num_rows):
-    """Where each row's pairs in each run begin and end: an iterator of two `[B, N, T]`.
+def _pairs_of_rows(owner, place, *, stops, num_rows):
+    """Where each row's pairs in each run begin and end, two `[runs, N, T]`.
 
     Those of a row are in the order of their blocks, and so of their places: the ones
     in a run, of places before its stop, follow each other.
     """
-    owner = tiles.owner
-    *shape, _ = owner.shape
-    lists, runs = math.prod(shape), len(stops)
-    run = (tiles.place[..., None] >= jnp.asarray(stops, jnp.int32)).sum(-1)
-    number = run * lists + jnp.arange(lists).reshape(*shape, 1)
+    lists, runs = len(owner), len(stops)
+    run = (place[..., None] >= stops).sum(-1, dtype=jnp.int32)
+    number = run * lists + jnp.arange(lists, dtype=jnp.int32)[:, None]
     number = number * num_rows + owner
     size = runs * lists * num_rows
     number = jnp.where((owner < num_rows) & (run < runs), number, size)
-    number = number.astype(jnp.int32).reshape(-1)
+    number = number.reshape(-1)
     pair = jnp.broadcast_to(jnp.arange(owner.shape[-1], dtype=jnp.int32), owner.shape)
     edge, changes = jnp.ones(1, bool), number[1:] != number[:-1]
 
@@ -145,11 +153,9 @@ def _pairs_of_rows(tiles, stops, num_rows):
         at = jnp.where(jnp.concatenate(where), number, size)
         found = jnp.zeros(size, jnp.int32)
         found = found.at[at].set(pair.reshape(-1), mode="drop", unique_indices=True)
-        return found.reshape(runs, *shape, num_rows)
+        return found.reshape(runs, lists, num_rows)
 
-    return zip(
-        write((edge, changes), pair), write((changes, edge), pair + 1), strict=True
-    )
+    return write((edge, changes), pair), write((changes, edge), pair + 1)
 
 
 def _run_lengths(ordered, count):

@@ -89,22 +89,21 @@ def attend(
             heads=heads,
         )
 
-    def of_rows(attention):
-        """What takes the rows to attend as queries of their own, and merges them."""
-
-        def run(query, key, value, bias, rows, rest):
-            if rows is None:
-                return attention(query, key, value, bias)
-            return rows.merge(*attention(rows.take(query), key, value, bias), rest)
-
-        return run
-
-    def by_reference(query, key, value, bias):
+    def by_reference(query, key, value, bias, *_):
         return reference.attention(
             query, key, value, bias, mask=mask, scale=float(scale)
         )
 
-    def by_xla(query, key, value, bias):
+    def by_xla(query, key, value, bias, rows, rest):
+        if rows is None:
+            return alone_by_xla(query, key, value, bias)
+        # They are queries like any others.
+        out, lse = alone_by_xla(
+            rows.take(query), key, value, bias, known=rows.known_parts()
+        )
+        return rows.merge(out, lse, rest)
+
+    def alone_by_xla(query, key, value, bias, known=None):
         if orders is not None:
             order = orders["xla"]
             run = functools.partial(xla.attention, bias=None, scale=float(scale))
@@ -119,7 +118,7 @@ def attend(
         else:
             blocks = block_mask(sizes)
         return xla.attention(
-            query, key, value, bias, block_mask=blocks, scale=float(scale)
+            query, key, value, bias, block_mask=blocks, scale=float(scale), known=known
         )
 
     def by_pallas(query, key, value, bias, rows, rest):
@@ -148,14 +147,13 @@ def attend(
         rows = rows.by(ROW_KERNELS)
         return rows.merge(*run(query, key, value, rows=rows), rest)
 
+    candidates = {"reference": by_reference, "xla": by_xla, "pallas": by_pallas}
+    if rows is not None:  # Whose mask over all pairs is for the caller to write.
+        del candidates["reference"]
     return dispatch(
         mechanism,
         implementation,
-        {
-            "reference": of_rows(by_reference),
-            "xla": of_rows(by_xla),
-            "pallas": by_pallas,
-        },
+        candidates,
         functools.partial(
             unsupported,
             mask=orders["pallas"].mask if orders else mask,

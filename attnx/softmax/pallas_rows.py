@@ -31,6 +31,15 @@ class Rows(Protocol):
         """`[B or 1, N, M]`: which row is in each place, past the end for none."""
         ...
 
+    @property
+    def known(self) -> tuple[jax.Array, jax.Array] | None:
+        """What all parts of rows come to, if only a gradient is wanted."""
+        ...
+
+    def known_parts(self) -> tuple[jax.Array, jax.Array] | None:
+        """That of the row in each place, `[B, M, N, V]` and `[B, M, N]`."""
+        ...
+
     def take(self, query: jax.Array) -> jax.Array:
         """`[B, T, N, H]` to `[B, M, N, H]`, with a gradient."""
         ...

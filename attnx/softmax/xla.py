@@ -28,17 +28,24 @@ def attention(
     *,
     block_mask: BlockMask,
     scale: float,
+    known: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attends over the listed blocks, as `reference.attention` over its mask."""
-    return _compiled(query, key, value, bias, block_mask, scale)
+    """Attends over the listed blocks, as `reference.attention` over its mask.
+
+    With `known`, the result of attention to these keys and to others, it is that which
+    is returned, and the gradient is what it owes to these.
+    """
+    return _compiled(query, key, value, bias, block_mask, known, scale)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attention(query, key, value, bias, block_mask, scale):
-    return _forward(query, key, value, bias, block_mask, scale)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _attention(query, key, value, bias, block_mask, known, scale):
+    return _forward(query, key, value, bias, block_mask, known, scale)[0]
 
 
-def _forward(query, key, value, bias, block_mask, scale):
+def _forward(query, key, value, bias, block_mask, known, scale):
+    if known is not None:
+        return known, (query, key, value, bias, block_mask, *known)
     cut = _Cut.of(query, key, block_mask)
     q, k, v, b = cut.arrays(query, key, value, bias)
 
@@ -119,11 +126,12 @@ def _backward(scale, residuals, cotangents):
         _crop(d_value, value),
         None if bias is None else _crop(d_bias, bias),
         None,
+        None,
     )
 
 
 _attention.defvjp(_forward, _backward)
-_compiled = jax.jit(_attention, static_argnums=5)
+_compiled = jax.jit(_attention, static_argnums=6)
 
 
 @dataclasses.dataclass(frozen=True)
