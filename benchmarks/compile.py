@@ -146,6 +146,14 @@ def cases() -> Iterator[tuple[str, Callable, tuple]]:
         ):
             yield f"{name} H{size}", fn, structs
             yield f"{name} H{size} backward", _backward(fn), structs
+        boxes = functools.partial(
+            select.vmoba_attention,
+            block_size=(8, 16, 8),
+            top_k=3,
+            implementation="pallas",
+        )
+        yield f"vmoba H{size}", boxes, (volume,) * 3
+        yield f"vmoba H{size} backward", _backward(boxes), (volume,) * 3
         linear = functools.partial(attnx.linear_attention, implementation="pallas")
         yield f"linear H{size}", linear, (tokens,) * 3
         yield f"linear H{size} backward", _backward(linear), (tokens,) * 3

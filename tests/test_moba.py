@@ -72,7 +72,8 @@ def test_routed_matches_the_reference(segment_ids):
 def test_heads_in_turn_are_merged_with_their_own_blocks(monkeypatch):
     grads = lambda fn: jax.jit(jax.grad(lambda *x: (fn(*x) ** 2).sum(), (0, 1, 2)))
     want = grads(moba("xla"))(*ARRAYS)
-    monkeypatch.setattr("attnx.select.routed._PAIRS", 1)
+    monkeypatch.setattr("attnx.select.turns._PAIRS", 1)
+    monkeypatch.setattr("attnx.select.turns._RUNS", 2)
     got = grads(moba("xla"))(*ARRAYS)
     chex.assert_trees_all_close(got, want, atol=2e-5)
 

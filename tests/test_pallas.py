@@ -356,7 +356,7 @@ def test_parts_of_the_keys_add_up_to_the_gradient_of_the_whole(implementation):
             mask=mask,
             scale=None,
             implementation=implementation,
-            whole=(out, lse),
+            known=(out, lse),
         )
 
     total = [jnp.zeros_like(x) for x in (query, key, value)]

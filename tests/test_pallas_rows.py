@@ -9,7 +9,6 @@ import pytest
 from helpers import normal, relative_rms
 
 from attnx import masks, select
-from attnx.select import routed as routed_module
 from attnx.softmax import pallas
 from pallas_kernels import mosaic
 
@@ -68,8 +67,8 @@ def test_gradients_of_gathered_rows(scope):
 
 @LONG
 def test_runs_of_tiles_are_merged_with_what_is_beside(monkeypatch):
-    attend = functools.partial(routed_module._attend, shares=(7, 9))
-    monkeypatch.setattr(routed_module, "_attend", attend)
+    monkeypatch.setattr("attnx.select.turns._PAIRS", 1)
+    monkeypatch.setattr("attnx.select.turns._RUNS", 2)
     args = normal(1, (1, T, 2, 32), (1, S, 1, 32), (1, S, 1, 32), dtype="bfloat16")
     blocks = select.Blocks.regular(S, BLOCK)
     later = np.arange(T)[:, None] // BLOCK > np.arange(blocks.count)

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 import attnx
 from attnx import masks, select
-from attnx.select import parts
 
 B, T, N, K, H = 2, 24, 4, 2, 8
 BLOCK, COUNT = 4, 6
@@ -234,7 +233,8 @@ def test_routed_attention_is_attention_under_the_choice(name):
 
 @pytest.mark.parametrize("name", ["top k", "head"])
 def test_heads_may_be_routed_in_turn(name, monkeypatch):
-    monkeypatch.setattr("attnx.select.routed._PAIRS", 1)
+    monkeypatch.setattr("attnx.select.turns._PAIRS", 1)
+    monkeypatch.setattr("attnx.select.turns._RUNS", 2)
     arrays = normal(1, (B, T, N, H), (B, T, K, H), (B, T, K, H))
     choice = CHOICES[name](scores())
     assert_matches(routed(choice, "xla"), routed(choice, "reference"), arrays)
@@ -244,7 +244,8 @@ def test_heads_may_be_routed_in_turn(name, monkeypatch):
 @pytest.mark.parametrize("scope", ["row", "layer"])
 def test_what_is_seen_beside_is_merged(scope, traced, monkeypatch):
     """Earlier blocks are chosen, the own one is seen; the heads take turns."""
-    monkeypatch.setattr("attnx.select.routed._PAIRS", 1)
+    monkeypatch.setattr("attnx.select.turns._PAIRS", 1)
+    monkeypatch.setattr("attnx.select.turns._RUNS", 2)
     arrays = normal(1, (B, T, N, H), (B, T, K, H), (B, T, K, H))
     own = np.arange(T) // BLOCK
     valid = own[:, None] > np.arange(COUNT)
@@ -258,26 +259,6 @@ def test_what_is_seen_beside_is_merged(scope, traced, monkeypatch):
     assert_matches(
         functools.partial(attend, "xla"), functools.partial(attend, "reference"), arrays
     )
-
-
-@pytest.mark.parametrize("rest", [False, True])
-def test_any_number_of_parts_of_a_row_is_merged(rest):
-    """From none to more than are read in a pass, in any order; some see nothing."""
-    count, places = 5, np.array([0] * 40 + [1] * 3 + [3] * 16 + [4] * 17 + [5] * 9)
-    rows = jnp.array(np.random.default_rng(0).permutation(places), jnp.int32)
-    out, lse, own, own_lse = normal(2, (85, 8), (85,), (count, 8), (count,))
-    lse = jnp.where(jnp.arange(85) % 7 == 0, -jnp.inf, 30 * lse)
-    rest = (own, own_lse.at[2].set(-jnp.inf)) if rest else None
-    merge = jax.jit(functools.partial(parts.merged_parts, None, count))
-    got = merge(out, lse, rows, None, rest)
-    assert got[1][2] == -jnp.inf
-    if rest is None:
-        rest = jnp.zeros((count, 8)), jnp.full(count, -jnp.inf)
-    for row in (0, 1, 3, 4):
-        weights = jnp.append(lse[rows == row], rest[1][row])
-        values = jnp.append(out[rows == row], rest[0][row][None], 0)
-        want = jax.nn.softmax(weights) @ values, jax.nn.logsumexp(weights)
-        chex.assert_trees_all_close((got[0][row], got[1][row]), want, rtol=1e-5)
 
 
 def test_long_blocks_are_visited_in_steps():

@@ -67,6 +67,35 @@ def test_matches_the_reference():
 @pytest.mark.parametrize(
     "options",
     [
+        {"top_k": 2},
+        {"top_k": 2, "scope": "row"},
+        {"threshold": 0.6, "max_blocks": 3},
+        {"top_k": 2, "scope": "layer"},
+    ],
+    ids=str,
+)
+def test_heads_take_turns(options, monkeypatch):
+    """Each finds its choice in its turn, or that of all is attended in runs."""
+    monkeypatch.setattr("attnx.select.turns._PAIRS", 1)
+    monkeypatch.setattr("attnx.select.turns._RUNS", 2)
+    options |= {"block_size": BOXES[2], "return_residual": True}
+    assert_matches(vmoba("xla", **options), vmoba("reference", **options), ARRAYS)
+
+
+def test_a_scale_has_a_gradient():
+    def grads(implementation):
+        def loss(scale):
+            options = {"block_size": BOXES[2], "top_k": 2, "scale": scale}
+            return (vmoba(implementation, **options)(*ARRAYS) ** 2).sum()
+
+        return jax.jit(jax.grad(loss))(0.3)
+
+    chex.assert_trees_all_close(grads("xla"), grads("reference"), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
         {"block_size": BOXES[0], "top_k": 4},
         {"block_size": BOXES[1], "threshold": 1.1, "max_blocks": 3},
         {"block_size": SPACE, "top_k": 1},

@@ -114,7 +114,7 @@ class _Call:
     known: list
     treedef: jax.tree_util.PyTreeDef
 
-    def attend(self, arrays, step, query, key, value, ids, whole=None):
+    def attend(self, arrays, step, query, key, value, ids, known=None):
         """Attends to the keys of the device that is `step` further on."""
         remaining = iter(arrays)
         leaves = [next(remaining) if x is None else x for x in self.known]
@@ -138,7 +138,7 @@ class _Call:
             mask=mask,
             scale=self.scale,
             implementation=self.implementation,
-            whole=whole,
+            known=known,
         )
 
     def _starts(self, device, size):
@@ -189,7 +189,7 @@ def _backward(call, residuals, cotangents):
         key, value, ids = travels
 
         def attend(*tokens):
-            return call.attend(arrays, step, *tokens, ids, whole=(out, lse))
+            return call.attend(arrays, step, *tokens, ids, known=(out, lse))
 
         grads = jax.vjp(attend, query, key, value)[1](cotangents)
         sums = (d_query, *gradients)

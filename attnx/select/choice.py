@@ -20,15 +20,17 @@ class Choice:
     """The blocks that rows chose, as lists of pairs (row, block) of a fixed length.
 
     A row is a query, or a block of queries. How many slots of a list are filled may
-    vary: no program is compiled again for it.
+    vary: no program is compiled again for it. A list has the pairs of its first row
+    first, then those of the next. Where rows have slots of their own, filled slots may
+    come in any order among these; else filled ones come before empty ones, and those of
+    a row in the order of blocks.
 
     Attributes:
       rows: int32 `[B, N, P]`, or `[B, 1, P]` where one list serves all heads: rows then
         count on from head to head. The number past the last row in an empty slot.
       blocks: the same shape, the blocks chosen. n in an empty slot.
       grid: (N, T, n), heads, rows of a head, and blocks.
-      per_row: slots of each row, where a list has those of its first row first, then
-        those of the next; None where rows come in any order.
+      per_row: slots of each row; None where rows share those of their list.
     """
 
     rows: jax.Array

@@ -1,162 +1,136 @@
-"""Queries gathered by the block they chose, and their parts merged again."""
+"""Queries taken to the tiles of the blocks they chose, and their parts merged again."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from attnx.softmax.pallas_rows import RowKernels
 
 # Parts of a row that are read in one pass over all rows.
 _AT_ONCE = 16
 
 
-def plan_tiles(rows, blocks, *, num_rows, count, tile):
-    """Sorts the pairs of `[B, N, P]` by block and fills tiles with rows of one each.
-
-    Returns:
-      The row in each place of the tiles, `num_rows` where none; the place of each pair,
-      the number of places where none; which block each tile attends to; and whether
-      it is in use, 0 or 1.
-    """
-    fill = functools.partial(_fill_tiles, num_rows=num_rows, count=count, tile=tile)
-    order = jax.vmap(functools.partial(_order, count=count))(blocks)
-    return jax.vmap(jax.vmap(fill))(rows, blocks, order)
-
-
-def split_tiles(lists, shares):
-    """What `plan_tiles` returned, in runs of tiles that are such shares of all."""
-    rows, place, block, used = lists
-    tiles = block.shape[2]
-    tile = rows.shape[2] // tiles
-    total = sum(shares)
-    bounds = sorted({tiles * x // total for x in (0, *itertools.accumulate(shares))})
-    for first, stop in itertools.pairwise(bounds):
-        size = (stop - first) * tile
-        inside = place - first * tile
-        inside = jnp.where((inside >= 0) & (inside < size), inside, size)
-        yield (
-            rows[:, :, first * tile : stop * tile],
-            inside,
-            block[:, :, first:stop],
-            used[:, :, first:stop],
-        )
-
-
-def _order(blocks, *, count):
-    """What sorts each list of `[N, P]`, stably."""
-    lists, pairs = blocks.shape
-    # As one list: the device sorts one long list faster than many short ones.
-    dtype = jnp.uint16 if lists * (count + 1) <= 1 << 16 else jnp.int32
-    each = jnp.arange(lists, dtype=jnp.int32)[:, None]
-    number = (blocks + each * (count + 1)).astype(dtype)
-    order = jnp.argsort(number.reshape(-1), stable=True).astype(jnp.int32)
-    return order.reshape(lists, pairs) - each * pairs
-
-
-def _fill_tiles(rows, blocks, order, *, num_rows, count, tile):
-    pairs = rows.shape[0]
-    ordered = blocks[order]
-    sizes = _run_lengths(ordered, count)
-    first = jnp.cumsum(sizes) - sizes
-    stops = jnp.cumsum(-(-sizes // tile))
-    starts = stops + -sizes // tile
-    # Each block leaves at most one tile unfilled.
-    most = max(1, (pairs + count * (tile - 1)) // tile)
-
-    index = jnp.arange(most)
-    # In one pass, with no loop.
-    block = jnp.minimum(
-        jnp.searchsorted(stops, index, side="right", method="compare_all"), count - 1
-    )
-    used = (index < stops[-1]).astype(jnp.int32)
-    offset = (index - starts[block]) * tile
-    left = jnp.where(used > 0, sizes[block] - offset, 0)
-    pair = (first[block] + offset)[:, None] + jnp.arange(tile)
-    pair = order[jnp.clip(pair, 0, pairs - 1)]
-    is_filled = jnp.arange(tile) < left[:, None]
-    filled = jnp.where(is_filled, rows[pair], num_rows).reshape(-1)
-
-    inside = jnp.minimum(ordered, count - 1)
-    place = starts[inside] * tile + jnp.arange(pairs) - first[inside]
-    place = jnp.where(ordered < count, place, most * tile).astype(jnp.int32)
-    place = jnp.zeros(pairs, jnp.int32).at[order].set(place, unique_indices=True)
-    return filled.astype(jnp.int32), place, block.astype(jnp.int32), used
-
-
-def _run_lengths(ordered, count):
-    """How often each of 0 ... count - 1 comes in numbers that are in order."""
-    pairs = ordered.shape[0]
-    is_first = jnp.concatenate([jnp.array([True]), ordered[1:] != ordered[:-1]])
-    # A few thousand writes at most, where a sum of ones would add all pairs.
-    number = jnp.where(is_first, ordered, count + 1)
-    first = jnp.full(count + 1, pairs, jnp.int32)
-    index = jnp.arange(pairs, dtype=jnp.int32)
-    first = first.at[number].set(index, mode="drop", unique_indices=True)
-    # A number that does not come begins where the next one does.
-    return jnp.diff(jax.lax.cummin(first, reverse=True))
-
-
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("index", "place"),
-    meta_fields=("per_row",),
+    data_fields=("index", "place", "first", "stop", "known"),
+    meta_fields=("length", "per_row", "kernels"),
 )
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """The rows in the places of `plan_tiles`, for the engine.
+    """The rows in the places of a `Run` of tiles, for the engine.
 
     Attributes:
       index: int32 `[B, N, M]`, the row in each place.
       place: int32 `[B, N, P]`, the place of each pair.
+      first: int32 `[B, N, T]`, the first pair of each row, or None.
+      stop: int32 `[B, N, T]`, where its pairs end, or None.
+      known: what all runs come to, `[B, T, N, V]` and `[B, T, N]`, or None. With it
+        nothing is attended or merged again: it is there for the gradient.
+      length: T.
       per_row: pairs of each row, one after the other, or None where that varies.
+      kernels: what sums up the parts of rows where their number varies, if not XLA.
     """
 
     index: jax.Array
     place: jax.Array
+    first: jax.Array | None
+    stop: jax.Array | None
+    known: tuple[jax.Array, jax.Array] | None
+    length: int
     per_row: int | None
+    kernels: RowKernels | None = None
 
     def take(self, query: jax.Array) -> jax.Array:
         """The rows `[B, M, N, H]` of `[B, T, N, H]`."""
-        gather = functools.partial(gathered_rows, self.per_row, query.shape[1])
-        gather = jax.vmap(jax.vmap(gather, (1, 0, 0), 1))
-        return gather(query, self.index, self.place)
+        return _taken(self, query)
+
+    def merge(
+        self,
+        out: jax.Array,
+        lse: jax.Array,
+        rest: tuple[jax.Array, jax.Array] | None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Merges the parts `[B, M, N, V]`, `[B, M, N]` of each row by log-sum-exp.
+
+        `rest` is one more part of every row, `[B, T, N, V]` and `[B, T, N]`, or None.
+        """
+        if self.known is not None:
+            return _known(self, out, lse, rest)
+        if self._kernels is not None:
+            return self._kernels.merge(out, lse, self._pairs, rest)
+        merge = functools.partial(_merged, self)
+        return jax.vmap(jax.vmap(merge, (1, 1, 0, 1), 1))(out, lse, self._pairs, rest)
+
+    def known_parts(self) -> tuple[jax.Array, jax.Array] | None:
+        """What is known, of the row in each place; 0 and -inf where there is none."""
+        if self.known is None:
+            return None
+        out, lse = self.known
+        return _of_places(self.index, out), _of_places(self.index, lse, -jnp.inf)
+
+    def by(self, kernels: RowKernels) -> Rows:
+        """The same, where parts of a varying number are summed up by kernels."""
+        return dataclasses.replace(self, kernels=kernels)
+
+    @property
+    def _kernels(self):
+        return self.kernels if self.per_row is None else None
+
+    @property
+    def _pairs(self) -> tuple[Any, Any, Any]:
+        return self.place, self.first, self.stop
+
+    def over(self, body, state, pairs):
+        """`body(state, places)` until it had the places of all parts of each row.
+
+        `places` are some of each row's, `[T, n]`: past the end where it has fewer.
+        """
+        place, first, stop = pairs
+        if self.per_row is not None:
+            return body(state, place.reshape(self.length, self.per_row))
+        none = self.index.shape[2]
+
+        def step(i, state):
+            number = first[:, None] + i * _AT_ONCE + jnp.arange(_AT_ONCE)
+            places = jnp.take(place, number, mode="clip")
+            return body(state, jnp.where(number < stop[:, None], places, none))
+
+        most = (stop - first).max()
+        return jax.lax.fori_loop(0, -(-most // _AT_ONCE), step, state)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def gathered_rows(per_row, num_rows, x, rows, place):
-    """The rows `[M]` of `[T, H]`: `[M, H]`."""
-    return jnp.take(x, rows, 0, mode="clip")
+@jax.custom_vjp
+def _taken(rows, x):
+    take = functools.partial(jnp.take, axis=0, mode="clip")
+    return jax.vmap(jax.vmap(take, (1, 0), 1))(x, rows.index)
 
 
-def _rows_forward(per_row, num_rows, x, rows, place):
-    return gathered_rows(per_row, num_rows, x, rows, place), (rows, place)
+def _taken_forward(rows, x):
+    return _taken(rows, x), rows
 
 
-def _rows_backward(per_row, num_rows, residuals, grads):
-    rows, place = residuals
-    if per_row is None:
+def _taken_backward(rows, grads):
+    if rows._kernels is not None:
+        return None, rows._kernels.sum_up(grads, rows._pairs)
+
+    def total(grads, pairs):
         add = lambda total, places: total + sum(_parts(grads, places))
         zero = jnp.zeros_like(grads[:1], jnp.promote_types(grads.dtype, jnp.float32))
-        zero = jnp.broadcast_to(zero, (num_rows, grads.shape[1]))
-        total = _by_row(rows, num_rows, add, zero)
-    else:
-        total = sum(_parts(grads, place.reshape(num_rows, per_row)))
-    return total.astype(grads.dtype), None, None
+        zero = jnp.broadcast_to(zero, (rows.length, grads.shape[1]))
+        return rows.over(add, zero, pairs).astype(grads.dtype)
+
+    return None, jax.vmap(jax.vmap(total, (1, 0), 1))(grads, rows._pairs)
 
 
-gathered_rows.defvjp(_rows_forward, _rows_backward)
+_taken.defvjp(_taken_forward, _taken_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def merged_parts(per_row, num_rows, out, lse, rows, place, rest):
-    """Merges the parts `[M, V]`, `[M]` of each row, as `merge_attention` would.
-
-    `rest` is one more part of every row, `[T, V]` and `[T]`, or None.
-    """
-
+def _merged(rows, out, lse, pairs, rest):
     def merge(state, places):
         peak, total, merged = state
         each = jnp.take(lse, places, mode="fill", fill_value=-jnp.inf)
@@ -170,62 +144,39 @@ def merged_parts(per_row, num_rows, out, lse, rows, place, rest):
 
     if rest is None:
         rest = jnp.zeros_like(out[:1]), jnp.full_like(lse[:1], -jnp.inf)
-    peak = jnp.broadcast_to(rest[1], num_rows)
-    merged = jnp.broadcast_to(rest[0].astype(lse.dtype), (num_rows, out.shape[1]))
+    peak = jnp.broadcast_to(rest[1], rows.length)
+    merged = jnp.broadcast_to(rest[0].astype(lse.dtype), (rows.length, out.shape[1]))
     state = peak, jnp.exp(jnp.where(peak > -jnp.inf, 0, peak)), merged
-    if per_row is None:
-        state = _by_row(rows, num_rows, merge, state)
-    else:
-        state = merge(state, place.reshape(num_rows, per_row))
-    peak, total, merged = state
+    peak, total, merged = rows.over(merge, state, pairs)
     empty = total == 0
     total = jnp.where(empty, 1, total)
     merged = (merged / total[:, None]).astype(out.dtype)
     return merged, jnp.where(empty, -jnp.inf, peak + jnp.log(total))
 
 
-def _parts_forward(per_row, num_rows, out, lse, rows, place, rest):
-    merged, total = merged_parts(per_row, num_rows, out, lse, rows, place, rest)
-    return (merged, total), (out, lse, rows, rest, merged, total)
+@jax.custom_vjp
+def _known(rows, out, lse, rest):
+    return rows.known
 
 
-def _parts_backward(per_row, num_rows, residuals, grads):
-    out, lse, rows, rest, merged, total = residuals
-    d_merged, d_total = grads
-    change = d_total - jnp.sum(d_merged.astype(lse.dtype) * merged, -1)
-
-    def grads_of(out, lse, is_part, of_part):
-        is_part &= lse > -jnp.inf
-        weights = jnp.where(is_part, jnp.exp(lse - of_part(total)), 0)
-        grad = of_part(d_merged).astype(lse.dtype)
-        d_lse = weights * (jnp.sum(grad * out, -1) + of_part(change))
-        return (weights[:, None] * grad).astype(out.dtype), d_lse
-
-    take = functools.partial(jnp.take, indices=rows, axis=0, mode="clip")
-    of_parts = grads_of(out, lse, rows < num_rows, take)
-    of_rest = None if rest is None else grads_of(*rest, True, lambda x: x)
-    return *of_parts, None, None, of_rest
+def _known_forward(rows, out, lse, rest):
+    return rows.known, (rows.index, rest is not None)
 
 
-merged_parts.defvjp(_parts_forward, _parts_backward)
+def _known_backward(residuals, grads):
+    # Weights of pairs are those of the whole, and so are the gradients of its parts.
+    index, has_rest = residuals
+    of_parts = [_of_places(index, x) for x in grads]
+    return None, *of_parts, grads if has_rest else None
 
 
-def _by_row(rows, num_rows, body, state):
-    """`body(state, places)`, until it had the places of all the parts of each row.
+_known.defvjp(_known_forward, _known_backward)
 
-    `places` are some of each row's, `[T, n]`: past the end where it has fewer.
-    """
-    order = jnp.argsort(rows, stable=True).astype(jnp.int32)
-    sizes = _run_lengths(rows[order], num_rows)
-    first = jnp.cumsum(sizes) - sizes
 
-    def step(i, state):
-        number = i * _AT_ONCE + jnp.arange(_AT_ONCE)
-        places = jnp.take(order, first[:, None] + number, mode="clip")
-        places = jnp.where(number < sizes[:, None], places, rows.shape[0])
-        return body(state, places)
-
-    return jax.lax.fori_loop(0, -(-sizes.max() // _AT_ONCE), step, state)
+def _of_places(index, x, fill=0):
+    """`[B, T, N, ...]` of the rows in `[B, N, M]` places, `[B, M, N, ...]`."""
+    take = functools.partial(jnp.take, axis=0, mode="fill", fill_value=fill)
+    return jax.vmap(jax.vmap(take, (1, 0), 1))(x, index)
 
 
 def _parts(x, places):

@@ -8,24 +8,23 @@ are merged by their log-sum-exp.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnx._checks import expect, is_traced
+from attnx._checks import expect
 from attnx.select.blocks import Blocks, check_block_size, in_blocks
 from attnx.select.choice import Choice
 from attnx.select.chosen import Chosen
-from attnx.select.parts import Rows, merged_parts, plan_tiles, split_tiles
+from attnx.select.parts import Rows
+from attnx.select.tiles import plan_tiles, split_tiles
+from attnx.select.turns import by_heads
 from attnx.softmax import (
     BlockMask,
     KernelConfig,
-    dot_product_attention,
 )
 from attnx.softmax.engine import attend, check_arrays
 from attnx.softmax.mask import Mask, mask_class
@@ -34,11 +33,6 @@ from attnx.softmax.merge import merge_attention
 
 # Queries of a tile at most: what kernels take.
 _TILE = 128
-# Pairs of rows and blocks attended at a time, if one head has no more.
-_PAIRS = 1 << 19
-# Where heads take turns, the shares of pairs attended one after the other, so that
-# memory holds the parts of one. With the first it also holds what is beside.
-_SHARES = (7, 9)
 
 
 def routed_attention(
@@ -112,111 +106,26 @@ def routed_attention(
         # A traced scale has a gradient, which the query's gives.
         query, scale = query * jnp.asarray(scale, query.dtype), 1.0
     options: dict[str, Any] = {"scale": scale, "implementation": implementation}
+    one_list = choice.rows.shape[1] < heads
     attend_heads = functools.partial(
-        _attend,
+        attend_tiles,
         block_size=block_size,
-        per_row=None if choice.rows.shape[1] < heads else choice.per_row,
+        per_row=None if one_list else choice.per_row,
         **options,
     )
-    plan = functools.partial(plan_tiles, tile=min(_TILE, block_size))
+    plan = functools.partial(plan_tiles, tile=tile_of(block_size))
     arrays = query, key, value
-    if choice.rows.shape[1] < heads:
+    if one_list:
         out, lse = _as_one_head(attend_heads, plan, *arrays, choice, blocks)
         if beside is not None:
             other = _see(*arrays, beside, **options)
             out, lse = merge_attention(*zip((out, lse), other, strict=True))
     else:
-        lists = plan(choice.rows, choice.blocks, num_rows=length, count=blocks.count)
-        pairs = choice.rows.shape[-1]
-        out, lse = _by_heads(attend_heads, arrays, pairs, lists, (blocks, beside))
+        # Pairs of all heads are sorted at once.
+        tiles = plan(choice.rows, choice.blocks, num_rows=length, count=blocks.count)
+        pairs = len(query) * choice.rows.shape[-1]
+        out, lse = by_heads(attend_heads, arrays, tiles, (blocks, beside), pairs=pairs)
     return (out, lse) if return_residual else out
-
-
-def _by_heads(attend, arrays, pairs, lists, seen):
-    """`attend` on so many heads at a time as memory should hold the parts of.
-
-    `seen` are the cut into blocks and the mask beside it.
-    """
-    batch, _, heads, _ = arrays[0].shape
-    key_heads = arrays[1].shape[2]
-    group = heads // key_heads
-    pairs *= batch * group
-    at_once = max(
-        n
-        for n in range(1, key_heads + 1)
-        if key_heads % n == 0 and (n == 1 or n * pairs <= _PAIRS)
-    )
-    if at_once == key_heads:
-        return attend(*arrays, lists=lists, seen=seen)
-    # What is known stays so: it is no argument of the program then.
-    known = tuple(None if is_traced(x) else x for x in seen)
-    given = tuple(x if is_traced(x) else None for x in seen)
-    attend = functools.partial(attend, shares=_SHARES)
-    turns = _Turns(attend, key_heads // at_once, known)
-    return _in_turn(turns, arrays, lists, given)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Turns:
-    """How heads take turns: in how many steps, and what is not an array.
-
-    `known` is what `_by_heads` calls `seen`, with None for what is an array.
-    """
-
-    attend: Callable
-    steps: int
-    known: tuple
-
-    def run(self, body, carry, arrays, lists, given):
-        """Runs `body(heads of arrays, attend)` a step, and writes what it gives."""
-        pairs = zip(given, self.known, strict=True)
-        seen = tuple(x if y is None else y for x, y in pairs)
-
-        def part(x, i, axis):
-            size = x.shape[axis] // self.steps
-            return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis)
-
-        def step(i, carry):
-            chosen = [part(x, i, 1) for x in lists]
-            attend = functools.partial(self.attend, lists=chosen, seen=seen)
-            found = body([part(x, i, 2) for x in arrays], attend)
-            write = jax.lax.dynamic_update_slice_in_dim
-            return tuple(
-                write(x, y, i * y.shape[2], 2)
-                for x, y in zip(carry, found, strict=True)
-            )
-
-        return jax.lax.fori_loop(0, self.steps, step, tuple(carry))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _in_turn(turns, arrays, lists, given):
-    query, _, value = arrays
-    # Made from the query, so as to be laid out over devices as it is.
-    zero = jnp.zeros_like(query[..., :1])
-    out = jnp.broadcast_to(zero, (*zero.shape[:-1], value.shape[-1]))
-    lse = zero[..., 0].astype(jnp.promote_types(query.dtype, jnp.float32))
-    run = lambda heads, attend: attend(*heads)
-    return turns.run(run, (out, lse), arrays, lists, given)
-
-
-def _in_turn_forward(turns, *operands):
-    return _in_turn(turns, *operands), operands
-
-
-def _in_turn_backward(turns, operands, grads):
-    """Attends again, a step's heads at a time: parts are not kept."""
-    arrays, lists, given = operands
-
-    def run(heads, attend):
-        return jax.vjp(attend, *heads[:3])[1](tuple(heads[3:]))
-
-    carry = map(jnp.zeros_like, arrays)
-    found = turns.run(run, carry, (*arrays, *grads), lists, given)
-    return found, None, None
-
-
-_in_turn.defvjp(_in_turn_forward, _in_turn_backward)
 
 
 def _as_one_head(attend, plan, query, key, value, choice, blocks):
@@ -233,29 +142,56 @@ def _as_one_head(attend, plan, query, key, value, choice, blocks):
     chosen = jnp.where(choice.blocks < count, head * count + choice.blocks, every.count)
     query, key, value = (_fold(x) for x in (query, key, value))
     rows = query.shape[1]
-    lists = plan(choice.rows, chosen, num_rows=rows, count=every.count)
-    out, lse = attend(query, key, value, lists=lists, seen=(every, None))
+    tiles = plan(choice.rows, chosen, num_rows=rows, count=every.count)
+    pairs = choice.rows.size
+    arrays = query, key, value
+    out, lse = by_heads(attend, arrays, tiles, (every, None), pairs=pairs)
     return _unfold(out, length), _unfold(lse, length)
 
 
-def _attend(
+def tile_of(block_size):
+    """Rows of a tile that attend to a block."""
+    return min(_TILE, block_size)
+
+
+def attend_tiles(
     query,
     key,
     value,
     *,
     lists,
-    seen,
+    shared,
+    shares,
+    known,
     block_size,
     per_row,
     scale,
     implementation,
-    shares=(1,),
 ):
-    """Attention of `[B, T, N, H]` by the lists of `plan_tiles`, and beside them."""
+    """Attention of `[B, T, N, H]` by `Tiles`, for `by_heads`.
+
+    Args:
+      query: `[B, T, N, H]`.
+      key: `[B, S, K, H]`.
+      value: `[B, S, K, V]`.
+      lists: the `Tiles`, of N heads.
+      shared: the cut into blocks, and the mask of what is seen beside them or None.
+      shares: of all tiles, of runs that attend one after the other.
+      known: what this came to, or None.
+      block_size: tokens of the longest block.
+      per_row: pairs of each row, or None where that varies.
+      scale: as a number.
+      implementation: of the attention.
+
+    Returns:
+      The output `[B, T, N, V]` and the log-sum-exp `[B, T, N]`.
+    """
     batch, length = query.shape[:2]
-    blocks, beside = seen
+    blocks, beside = shared
     options = {"scale": scale, "implementation": implementation}
-    merged = None if beside is None else _see(query, key, value, beside, **options)
+    merged = None
+    if beside is not None:
+        merged = _see(query, key, value, beside, known=known, **options)
     count = blocks.count
     # Longer blocks are visited in steps, of which only the last needs a predicate.
     step = min(block_size, _TILE)
@@ -266,48 +202,47 @@ def _attend(
     if not isinstance(sizes, np.ndarray) or (sizes % step).any():
         mask = _Inside(jnp.asarray(sizes), steps * step)
 
-    def part(query, lists, rest):
-        rows, place, block, used = lists
+    def part(query, run, rest):
         size = jnp.take_along_axis(
-            jnp.broadcast_to(jnp.asarray(sizes)[:, None], (batch, 1, count)), block, 2
+            jnp.broadcast_to(jnp.asarray(sizes)[:, None], (batch, 1, count)),
+            run.block,
+            2,
         )
         is_short = (size % step > 0).astype(jnp.int32)
         order = jnp.arange(steps) - is_short[..., None]
         order = jnp.where(order < 0, (size // step)[..., None], order)
-        out, lse = attend(
+        places = run.index.shape[2]
+        return attend(
             "routed_attention",
             query,
             key,
             value,
             None,
             mask=BlockMask(
-                jnp.minimum(block[..., None] * steps + order, count * steps - 1),
-                used * (size // step + is_short),
-                used * is_short,
+                jnp.minimum(run.block[..., None] * steps + order, count * steps - 1),
+                run.used * (size // step + is_short),
+                run.used * is_short,
                 Full() if mask is None else mask,
-                query_len=rows.shape[2],
+                query_len=places,
                 key_len=key.shape[1],
-                block_size=(rows.shape[2] // block.shape[2], step),
+                block_size=(places // run.block.shape[2], step),
             ),
-            rows=Rows(rows, place, per_row),
+            rows=Rows(*run[:4], known, length, per_row),
+            rest=rest,
             **options,
         )
-        merge = functools.partial(merged_parts, per_row, length)
-        merge = jax.vmap(jax.vmap(merge, (1, 1, 0, 0, 1), 1))
-        return merge(out, lse, rows, place, rest)
 
-    for some in split_tiles(lists, shares):
+    for run in split_tiles(lists, shares, num_rows=length, per_row=per_row):
         # One after the other, so that memory holds the parts of one.
         query, merged = jax.lax.optimization_barrier((query, merged))
-        merged = part(query, some, merged)
+        merged = part(query, run, merged)
     return merged
 
 
 def _see(query, key, value, mask, **options):
     """The output and log-sum-exp of attention to what a mask shows."""
-    return dot_product_attention(
-        query, key, value, mask=mask, return_residual=True, **options
-    )
+    name = "dot_product_attention"
+    return attend(name, query, key, value, None, mask=mask, **options)
 
 
 def _cut(x, blocks, block_size, size):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +21,9 @@ from attnx.select.choice import (
     threshold_blocks,
     top_k_blocks,
 )
-from attnx.select.routed import routed_attention
+from attnx.select.routed import attend_tiles, routed_attention, tile_of
+from attnx.select.tiles import plan_tiles
+from attnx.select.turns import by_heads
 from attnx.softmax import KernelConfig
 from attnx.softmax.engine import check_arrays
 
@@ -88,30 +93,63 @@ def vmoba_attention(
     options = ("min_max", "softmax")
     expect(normalize in options, "normalize", f"one of {options}", repr(normalize))
 
-    arrays = (_to_blocks(x, block_size) for x in (query, key, value))
-    query, key, value, _ = check_arrays(*arrays)
-    size = math.prod(block_size)
-    blocks = Blocks.regular(query.shape[1], size)
-    scores = block_scores(query, pool_mean(key, blocks))
-    if normalize == "softmax":
-        scores = row_softmax(scores)
+    flat = (x.reshape(len(x), -1, *x.shape[-2:]) for x in (query, key, value))
+    batch, length, heads, _ = check_arrays(*flat)[0].shape
+    most = _most(top_k, threshold, max_blocks)
+    boxes = _Boxes(space, block_size, normalize, scope, most)
+    options: dict[str, Any] = {"scale": scale, "implementation": implementation}
+    # A mask over all pairs; a scale with a gradient, which the query's gives.
+    at_once = implementation == "reference" or not isinstance(scale, int | float | None)
+    if at_once or scope == "layer":
+        arrays = [boxes.gather(x) for x in (query, key, value)]
+        choice = boxes.choose(*arrays[:2], threshold)
+        out, lse = routed_attention(
+            *arrays,
+            choice,
+            boxes.blocks,
+            block_size=boxes.size,
+            return_residual=True,
+            **options,
+        )
+        out, lse = boxes.scatter(out), boxes.scatter(lse)
     else:
-        scores = min_max(scores, scope=scope)
-    own = blocks.ids[0][:, None] == jnp.arange(blocks.count)
-    choice = _choose(scores, own, top_k, threshold, max_blocks, scope)
-    out, lse = routed_attention(
-        query,
-        key,
-        value,
-        choice,
-        blocks,
-        block_size=size,
-        scale=scale,
-        implementation=implementation,
-        return_residual=True,
-    )
-    out, lse = (_from_blocks(x, space, block_size) for x in (out, lse))
+        if threshold is not None:  # For each of the heads, which take turns.
+            shape = (batch, heads) if scope == "head" else (batch, heads, length)
+            threshold = jnp.broadcast_to(threshold, shape)
+        out, lse = by_heads(
+            functools.partial(_attend, boxes, options),
+            (query, key, value),
+            threshold,
+            (),
+            pairs=batch * length * min(most, boxes.blocks.count),
+        )
     return (out, lse) if return_residual else out
+
+
+def _attend(boxes, options, query, key, value, *, lists, shared, shares, known):
+    """For `by_heads`: what one head needs is made in its turn."""
+    arrays = [boxes.gather(x) for x in (query, key, value)]
+    if known is not None:
+        known = tuple(boxes.gather(x) for x in known)
+    choice = boxes.choose(*arrays[:2], lists)
+    tiles = plan_tiles(
+        choice.rows,
+        choice.blocks,
+        num_rows=arrays[0].shape[1],
+        count=boxes.blocks.count,
+        tile=tile_of(boxes.size),
+    )
+    out, lse = attend_tiles(
+        *arrays,
+        lists=tiles,
+        shared=(boxes.blocks, None),
+        shares=shares,
+        known=known,
+        block_size=boxes.size,
+        per_row=choice.per_row,
+        **options,
+    )
+    return boxes.scatter(out), boxes.scatter(lse)
 
 
 def vmoba_block_sizes(
@@ -149,18 +187,15 @@ def vmoba_block_sizes(
     return sizes
 
 
-def _choose(scores, own, top_k, threshold, max_blocks, scope) -> Choice:
+def _most(top_k, threshold, max_blocks) -> int:
     given = (top_k is not None, threshold is not None, max_blocks is not None)
-    if given == (True, False, False):
-        return top_k_blocks(scores, top_k, scope=scope, forced=own)
-    if given == (False, True, True):
-        return threshold_blocks(
-            scores, threshold, scope=scope, max_blocks=max_blocks, forced=own
-        )
-    raise ValueError(
-        "top_k: expected top_k alone or threshold with max_blocks, got "
-        f"top_k={top_k}, threshold={threshold}, max_blocks={max_blocks}"
+    expect(
+        given in ((True, False, False), (False, True, True)),
+        "top_k",
+        "top_k alone or threshold with max_blocks",
+        f"top_k={top_k}, threshold={threshold}, max_blocks={max_blocks}",
     )
+    return max_blocks if top_k is None else top_k
 
 
 def _check_divides(space, block_size):
@@ -171,24 +206,58 @@ def _check_divides(space, block_size):
     expect(divides, "block_size", f"divisors of {space}", block_size)
 
 
-def _to_blocks(x, block_size):
-    """`[B, *space, ...]` to `[B, T, ...]`, box after box."""
-    rank = len(block_size)
-    space, rest = x.shape[1 : 1 + rank], x.shape[1 + rank :]
-    cut = [(n // size, size) for n, size in zip(space, block_size, strict=True)]
-    x = x.reshape(len(x), *itertools.chain(*cut), *rest)
-    x = x.transpose(_order(rank, x.ndim))
-    return x.reshape(len(x), -1, *rest)
+@dataclasses.dataclass(frozen=True)
+class _Boxes:
+    """Boxes of space, and how they are chosen: so many a query, or at most as many."""
 
+    space: tuple[int, ...]
+    block_size: tuple[int, ...]
+    normalize: str
+    scope: str
+    most: int
 
-def _from_blocks(x, space, block_size):
-    """Undoes `_to_blocks`."""
-    rank, rest = len(block_size), x.shape[2:]
-    grid = [n // size for n, size in zip(space, block_size, strict=True)]
-    x = x.reshape(len(x), *grid, *block_size, *rest)
-    order = _order(rank, x.ndim)
-    x = x.transpose([order.index(axis) for axis in range(x.ndim)])
-    return x.reshape(len(x), *space, *rest)
+    @property
+    def size(self):
+        return math.prod(self.block_size)
+
+    @property
+    def blocks(self):
+        return Blocks.regular(math.prod(self.space), self.size)
+
+    def choose(self, query, key, threshold) -> Choice:
+        """The choice of `[B, T, N, H]`, box after box. No gradient."""
+        query, key = jax.lax.stop_gradient((query, key))
+        blocks = self.blocks
+        scores = block_scores(query, pool_mean(key, blocks))
+        if self.normalize == "softmax":
+            scores = row_softmax(scores)
+        else:
+            scores = min_max(scores, scope=self.scope)
+        own = blocks.ids[0][:, None] == jnp.arange(blocks.count)
+        options: dict[str, Any] = {"scope": self.scope, "forced": own}
+        if threshold is None:
+            return top_k_blocks(scores, self.most, **options)
+        return threshold_blocks(scores, threshold, max_blocks=self.most, **options)
+
+    def gather(self, x):
+        """`[B, *space, ...]` to `[B, T, ...]`, box after box."""
+        rank = len(self.space)
+        rest = x.shape[1 + rank :]
+        sizes = zip(self.space, self.block_size, strict=True)
+        cut = [(n // size, size) for n, size in sizes]
+        x = x.reshape(len(x), *itertools.chain(*cut), *rest)
+        x = x.transpose(_order(rank, x.ndim))
+        return x.reshape(len(x), -1, *rest)
+
+    def scatter(self, x):
+        """Undoes `gather`."""
+        rank, rest = len(self.space), x.shape[2:]
+        sizes = zip(self.space, self.block_size, strict=True)
+        grid = [n // size for n, size in sizes]
+        x = x.reshape(len(x), *grid, *self.block_size, *rest)
+        order = _order(rank, x.ndim)
+        x = x.transpose([order.index(axis) for axis in range(x.ndim)])
+        return x.reshape(len(x), *self.space, *rest)
 
 
 def _order(rank, ndim):

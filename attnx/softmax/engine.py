@@ -17,7 +17,8 @@ from attnx.softmax import pallas, pallas_decode, reference, xla
 from attnx.softmax.block_mask import BlockMask
 from attnx.softmax.mask import Mask
 from attnx.softmax.merge import as_part
-from attnx.softmax.pallas import KernelConfig, Rows
+from attnx.softmax.pallas import KernelConfig
+from attnx.softmax.pallas_rows import ROW_KERNELS, Rows
 from attnx.softmax.tile_order import TileOrder
 
 
@@ -35,7 +36,8 @@ def attend(
     orders: Mapping[str, TileOrder] | None = None,
     decodes: bool = False,
     rows: Rows | None = None,
-    whole: tuple[jax.Array, jax.Array] | None = None,
+    rest: tuple[jax.Array, jax.Array] | None = None,
+    known: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs the engine on checked arrays: what every softmax mechanism comes to.
 
@@ -53,9 +55,11 @@ def attend(
         come.
       decodes: few queries and a `Mask`; the GPU has a way of its own for these.
       rows: the rows of the query that attend, in the order of the mask's queries, if
-        not all as they come.
-      whole: the result over these keys and others, where it is known. It is returned as
-        it is; its gradient is the part that goes by way of these keys.
+        not all as they come. A row may do so more than once: its parts are merged.
+      rest: with `rows`, one more part of every row of the query, as is returned.
+      known: without them, the result over these keys and others, if there is one. Then
+        nothing is attended: it is returned as it is, and its gradient is the part that
+        goes by way of these keys.
 
     Returns:
       The output `[B, T, N, V]` and the log-sum-exp `[B, T, N]`.
@@ -90,15 +94,20 @@ def attend(
             heads=heads,
         )
 
-    def by_reference(query, key, value, bias, rows, whole):
-        query = query if rows is None else rows.take(query)
+    def by_reference(query, key, value, bias, _, __, known):
         run = functools.partial(reference.attention, mask=mask, scale=float(scale))
-        if whole is not None:
-            return as_part(run, whole, query, key, value, bias)
+        if known is not None:
+            return as_part(run, known, query, key, value, bias)
         return run(query, key, value, bias)
 
-    def by_xla(query, key, value, bias, rows, whole):
-        query = query if rows is None else rows.take(query)
+    def by_xla(query, key, value, bias, rows, rest, known):
+        if rows is None:
+            return alone_by_xla(query, key, value, bias, known)
+        # They are queries like any others.
+        out, lse = alone_by_xla(rows.take(query), key, value, bias, rows.known_parts())
+        return rows.merge(out, lse, rest)
+
+    def alone_by_xla(query, key, value, bias, known):
         if orders is not None:
             order = orders["xla"]
             run = functools.partial(xla.attention, bias=None, scale=float(scale))
@@ -113,10 +122,10 @@ def attend(
         else:
             blocks = block_mask(sizes)
         return xla.attention(
-            query, key, value, bias, block_mask=blocks, scale=float(scale), whole=whole
+            query, key, value, bias, block_mask=blocks, scale=float(scale), known=known
         )
 
-    def by_pallas(query, key, value, bias, rows, whole):
+    def by_pallas(query, key, value, bias, rows, rest, known):
         if decodes and isinstance(mask, Mask):
             return pallas_decode.attention(
                 query, key, value, mask=mask, scale=float(scale)
@@ -135,24 +144,21 @@ def attend(
         size, grad_size = pallas.block_sizes(query, value, config)
         blocks = block_mask(size)
         grad_blocks = blocks if size == grad_size else block_mask(grad_size)
-        return run(
-            query,
-            key,
-            value,
-            block_mask=blocks,
-            grad_block_mask=grad_blocks,
-            rows=rows,
-            whole=whole,
-        )
+        run = functools.partial(run, block_mask=blocks, grad_block_mask=grad_blocks)
+        if rows is None:
+            return run(query, key, value, known=known)
+        # The kernel takes the rows itself.
+        rows = rows.by(ROW_KERNELS)
+        out, lse = run(query, key, value, rows=rows, known=rows.known_parts())
+        return rows.merge(out, lse, rest)
 
+    candidates = {"reference": by_reference, "xla": by_xla, "pallas": by_pallas}
+    if rows is not None:  # Whose mask over all pairs is for the caller to write.
+        del candidates["reference"]
     return dispatch(
         mechanism,
         implementation,
-        {
-            "reference": by_reference,
-            "xla": by_xla,
-            "pallas": by_pallas,
-        },
+        candidates,
         functools.partial(
             unsupported,
             mask=orders["pallas"].mask if orders else mask,
@@ -163,7 +169,8 @@ def attend(
         value,
         bias,
         rows,
-        whole,
+        rest,
+        known,
     )
 
 
@@ -174,7 +181,8 @@ def unsupported(
     value: jax.Array,
     bias: jax.Array | None,
     rows: Rows | None = None,
-    whole: tuple[jax.Array, jax.Array] | None = None,
+    rest: tuple[jax.Array, jax.Array] | None = None,
+    known: tuple[jax.Array, jax.Array] | None = None,
     *,
     mask: Mask | BlockMask,
     decodes: bool = False,

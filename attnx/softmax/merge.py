@@ -66,17 +66,17 @@ def merge_attention(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def as_part(attend, whole, *operands):
-    """`whole`, of which `attend(*operands)` is a part, with the gradient of the part.
+def as_part(attend, known, *operands):
+    """`known`, of which `attend(*operands)` is a part, with the gradient of the part.
 
     Both are an output `[..., V]` and a log-sum-exp `[...]`, as `merge_attention` takes
     and returns.
     """
-    return whole
+    return known
 
 
-def _part_forward(attend, whole, *operands):
-    return whole, (whole, operands)
+def _part_forward(attend, known, *operands):
+    return known, (known, operands)
 
 
 def _part_backward(attend, residuals, cotangents):

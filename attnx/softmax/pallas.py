@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from attnx._groups import sum_of_groups
 from attnx.softmax.block_mask import BlockMask, transpose
 from attnx.softmax.mask import Mask
 from attnx.softmax.masks import Full
+from attnx.softmax.pallas_rows import Rows
 from pallas_kernels.attention import attention as attention_kernel
 from pallas_kernels.attention_grad import attention_grad as grad_kernel
 from pallas_kernels.attention_grad_ordered import (
@@ -37,19 +37,6 @@ _NARROW = 64
 # to begin and to end, in blocks of keys: a window's nine took a tenth less without it.
 _SHORT = 4
 _BESIDE = 0.85
-
-
-class Rows(Protocol):
-    """Rows of the query, as a pytree."""
-
-    @property
-    def index(self) -> jax.Array:
-        """`[B or 1, N, M]`: which row is in each place, past the end for none."""
-        ...
-
-    def take(self, query: jax.Array) -> jax.Array:
-        """`[B, T, N, H]` to `[B, M, N, H]`, with a gradient."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,14 +63,15 @@ def attention(
     transposed: Callable[[], Lists] | None = None,
     config: KernelConfig = KernelConfig(),
     rows: Rows | None = None,
-    whole: tuple[jax.Array, jax.Array] | None = None,
+    known: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attends over the listed blocks, as `reference.attention` over its mask.
 
     The backward walks the blocks of `grad_block_mask`, by default `block_mask`;
     `transposed` makes the lists of queries for each key block where there is a better
     way than from these. With `rows` the lists are for these rows of the query, which
-    the forward kernel gathers itself. `whole` is as in `engine.attend`.
+    the forward kernel gathers itself. `known` is as in `engine.attend`, of the rows
+    if these are given.
     """
     grad_block_mask = grad_block_mask or block_mask
     batch, query_len, heads, _ = query.shape
@@ -119,12 +107,12 @@ def attention(
         Lists(blocks.indices, blocks.counts, blocks.partial_counts)
         for blocks in (block_mask, grad_block_mask)
     )
-    if whole is not None:
-        out, lse = whole
+    if known is not None and rows is None:
+        out, lse = known
         rest = padded[0].shape[1] - query_len
         lse = jnp.pad(lse, ((0, 0), (0, rest), (0, 0)), constant_values=-jnp.inf)
-        whole = _pad(out, rest), lse
-    out, lse = _attention(call, *padded, lists, grad_lists, looked_up, rows, whole)
+        known = _pad(out, rest), lse
+    out, lse = _attention(call, *padded, lists, grad_lists, looked_up, rows, known)
     return out[:, :query_len], lse[:, :query_len]
 
 
@@ -191,11 +179,11 @@ def _attention(call, *operands):
     return _forward(call, *operands)[0]
 
 
-def _forward(call, query, key, value, lists, grad_lists, looked_up, rows, whole):
-    if whole is not None:
-        out, lse = whole
+def _forward(call, query, key, value, lists, grad_lists, looked_up, rows, known):
+    if known is not None:
+        out, lse = known
         lse = jnp.swapaxes(lse, 1, 2) * LOG2E
-        return whole, (query, key, value, grad_lists, looked_up, rows, out, lse)
+        return known, (query, key, value, grad_lists, looked_up, rows, out, lse)
     batch, _, heads, _ = query.shape
     size = max(query.shape[-1], value.shape[-1])
     small = size <= _NARROW

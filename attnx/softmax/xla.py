@@ -28,13 +28,13 @@ def attention(
     *,
     block_mask: BlockMask,
     scale: float,
-    whole: tuple[jax.Array, jax.Array] | None = None,
+    known: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attends over the listed blocks, as `reference.attention` over its mask.
 
-    `whole` is as in `engine.attend`.
+    `known` is as in `engine.attend`.
     """
-    return _compiled(query, key, value, bias, block_mask, whole, scale)
+    return _compiled(query, key, value, bias, block_mask, known, scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
@@ -42,9 +42,9 @@ def _attention(*operands):
     return _forward(*operands)[0]
 
 
-def _forward(query, key, value, bias, block_mask, whole, scale):
-    if whole is not None:
-        return whole, (query, key, value, bias, block_mask, *whole)
+def _forward(query, key, value, bias, block_mask, known, scale):
+    if known is not None:
+        return known, (query, key, value, bias, block_mask, *known)
     cut = _Cut.of(query, key, block_mask)
     q, k, v, b = cut.arrays(query, key, value, bias)
 

@@ -1,0 +1,171 @@
+"""Tiles filled with the queries that chose one block, and where each of them went."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Tiles(NamedTuple):
+    """Pairs of rows and blocks `[B, N, P]`, and tiles of rows that chose one block.
+
+    A place is one row of a tile: of M places each pair has one.
+
+    Attributes:
+      owner: int32 `[B, N, P]`, the row of each pair.
+      place: int32 `[B, N, P]`, the place of each pair, M where it has none.
+      index: int32 `[B, N, M]`, the row in each place, past the last where none.
+      block: int32 `[B, N, n]`, which block each tile attends to.
+      used: int32 `[B, N, n]`, whether it is in use, 0 or 1.
+    """
+
+    owner: jax.Array
+    place: jax.Array
+    index: jax.Array
+    block: jax.Array
+    used: jax.Array
+
+
+def plan_tiles(rows, blocks, *, num_rows, count, tile):
+    """Sorts the pairs of `[B, N, P]` by block and fills `Tiles`."""
+    plan = functools.partial(_plan, num_rows=num_rows, count=count, tile=tile)
+    return Tiles(rows, *_by_batch(plan, rows, blocks))
+
+
+def _by_batch(fn, *arrays):
+    """`fn` of each row of the batch, where one needs no look-ups by row."""
+    if len(arrays[0]) == 1:
+        return jax.tree.map(lambda x: x[None], fn(*(x[0] for x in arrays)))
+    return jax.vmap(fn)(*arrays)
+
+
+def _plan(rows, blocks, *, num_rows, count, tile):
+    """`Tiles` of `[N, P]`, all lists as one.
+
+    Then every look-up is in one long array, which the compiler fuses with what is
+    around it, and the device sorts it faster than many short ones.
+    """
+    lists, pairs = blocks.shape
+    each = jnp.arange(lists, dtype=jnp.int32)[:, None]
+    number = each * (count + 1) + blocks
+    number = number.reshape(-1)
+    if lists * (count + 1) <= 1 << 16:
+        number = number.astype(jnp.uint16)
+    order = jnp.argsort(number, stable=True).astype(jnp.int32)
+    number = number[order].astype(jnp.int32)
+    sizes = _run_lengths(number, lists * (count + 1)).reshape(lists, -1)[:, :count]
+    first = jnp.cumsum(sizes, 1) - sizes + each * pairs
+    stops = jnp.cumsum(-(-sizes // tile), 1)
+    starts = stops + -sizes // tile
+    # Each block leaves at most one tile unfilled.
+    most = max(1, (pairs + count * (tile - 1)) // tile)
+
+    index = jnp.arange(most, dtype=jnp.int32)
+    block = (stops[:, None] <= index[:, None]).sum(-1, dtype=jnp.int32)
+    block = jnp.minimum(block, count - 1)
+    used = (index < stops[:, -1:]).astype(jnp.int32)
+    start, size, begin = (
+        x.reshape(-1)[each * count + block] for x in (starts, sizes, first)
+    )
+    offset = (index - start) * tile
+    left = jnp.where(used > 0, size - offset, 0)[..., None]
+    inside = jnp.arange(tile, dtype=jnp.int32)
+    pair = jnp.clip((begin + offset)[..., None] + inside, 0, lists * pairs - 1)
+    index = jnp.where(inside < left, rows.reshape(-1)[order[pair]], num_rows)
+
+    # Of the pairs as they are sorted, then as they came.
+    ordered = number.reshape(lists, pairs) - each * (count + 1)
+    at = each * count + jnp.minimum(ordered, count - 1)
+    place = jnp.arange(lists * pairs, dtype=jnp.int32).reshape(lists, pairs)
+    place += starts.reshape(-1)[at] * tile - first.reshape(-1)[at]
+    place = jnp.where(ordered < count, place, most * tile).reshape(-1)
+    place = jnp.zeros_like(place).at[order].set(place, unique_indices=True)
+    return tuple(x.reshape(lists, -1) for x in (place, index, block, used))
+
+
+class Run(NamedTuple):
+    """Neighbouring tiles, and the parts of each row in them.
+
+    Attributes:
+      index: int32 `[B, N, M]`, the row in each place of the run.
+      place: int32 `[B, N, P]`, the place of each pair in the run, M where in none.
+      first: int32 `[B, N, T]`, each row's first pair of the run; None where every row
+        has as many pairs.
+      stop: int32 `[B, N, T]`, the first pair that is not the row's or not of the run.
+      block: int32 `[B, N, n]`, which block each tile attends to.
+      used: int32 `[B, N, n]`, whether it is in use, 0 or 1.
+    """
+
+    index: jax.Array
+    place: jax.Array
+    first: jax.Array | None
+    stop: jax.Array | None
+    block: jax.Array
+    used: jax.Array
+
+
+def split_tiles(tiles, shares, *, num_rows, per_row):
+    """Runs of `Tiles` that are such shares of all."""
+    count = tiles.block.shape[2]
+    tile = tiles.index.shape[2] // count
+    total = sum(shares)
+    bounds = sorted({count * x // total for x in (0, *itertools.accumulate(shares))})
+    pairs = None
+    if per_row is None:
+        stops = np.array(bounds[1:], np.int32) * tile
+        find = functools.partial(_pairs_of_rows, stops=stops, num_rows=num_rows)
+        pairs = _by_batch(find, tiles.owner, tiles.place)
+    for i, (first, stop) in enumerate(itertools.pairwise(bounds)):
+        size = (stop - first) * tile
+        inside = tiles.place - first * tile
+        yield Run(
+            tiles.index[:, :, first * tile : stop * tile],
+            jnp.where((inside >= 0) & (inside < size), inside, size),
+            *(None, None) if pairs is None else (x[:, i] for x in pairs),
+            tiles.block[:, :, first:stop],
+            tiles.used[:, :, first:stop],
+        )
+
+
+def _pairs_of_rows(owner, place, *, stops, num_rows):
+    """Where each row's pairs in each run begin and end, two `[runs, N, T]`.
+
+    Those of a row are in the order of their blocks, and so of their places: the ones
+    in a run, of places before its stop, follow each other.
+    """
+    lists, runs = len(owner), len(stops)
+    run = (place[..., None] >= stops).sum(-1, dtype=jnp.int32)
+    number = run * lists + jnp.arange(lists, dtype=jnp.int32)[:, None]
+    number = number * num_rows + owner
+    size = runs * lists * num_rows
+    number = jnp.where((owner < num_rows) & (run < runs), number, size)
+    number = number.reshape(-1)
+    pair = jnp.broadcast_to(jnp.arange(owner.shape[-1], dtype=jnp.int32), owner.shape)
+    edge, changes = jnp.ones(1, bool), number[1:] != number[:-1]
+
+    def write(where, pair):
+        """Rows without pairs keep a 0 from which they go to 0."""
+        at = jnp.where(jnp.concatenate(where), number, size)
+        found = jnp.zeros(size, jnp.int32)
+        found = found.at[at].set(pair.reshape(-1), mode="drop", unique_indices=True)
+        return found.reshape(runs, lists, num_rows)
+
+    return write((edge, changes), pair), write((changes, edge), pair + 1)
+
+
+def _run_lengths(ordered, count):
+    """How often each of 0 ... count - 1 comes in numbers that are in order."""
+    pairs = ordered.shape[0]
+    is_first = jnp.concatenate([jnp.array([True]), ordered[1:] != ordered[:-1]])
+    # A few thousand writes at most, where a sum of ones would add all pairs.
+    number = jnp.where(is_first, ordered, count + 1)
+    first = jnp.full(count + 1, pairs, jnp.int32)
+    index = jnp.arange(pairs, dtype=jnp.int32)
+    first = first.at[number].set(index, mode="drop", unique_indices=True)
+    # A number that does not come begins where the next one does.
+    return jnp.diff(jax.lax.cummin(first, reverse=True))
