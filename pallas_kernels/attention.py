@@ -33,6 +33,7 @@ def attention(
     lists: Lists,
     looked_up: list[jax.Array],
     rows: jax.Array | None,
+    head: jax.Array | None,
     masking: Masking,
     *,
     scale: float,
@@ -53,6 +54,8 @@ def attention(
       rows: int32 `[B or 1, N, M]`, M a multiple of the queries of a tile: which query
         is in each place of the tiles, a number past the last if any will do. Then M
         takes the place of T in all but the query. By default they are as they come.
+      head: int32 `[1]`, with `rows`: the first of its heads among those of query, key
+        and value, where these have others. Then its N is that of all else.
       masking: the blocks' sizes and the predicate.
       scale: positive factor on the scores.
       key_tile: keys of one step, a divisor of `masking.key_block`.
@@ -70,9 +73,9 @@ def attention(
     dtype = query.dtype
     tile = warpgroups * ROWS
     if rows is not None:
-        query_len = rows.shape[2]
+        heads, query_len = rows.shape[1:]
         rows = rows.reshape(len(rows), heads, -1, tile)
-    given = () if rows is None else (rows,)
+    given = [x for x in (rows, head) if x is not None]
     shape = (ROWS, key_tile)
     taking_turns = warpgroups > 1
     split = masking.key_block // key_tile
@@ -90,6 +93,7 @@ def attention(
         ]
         q_full, q_free, k_full, v_full, k_free, v_free = barriers
         me, wg = lax.axis_index("block"), lax.axis_index("wg")
+        first_head = 0 if head is None else rows_g[-1][0]
 
         def place_of(t):
             """The batch, head and first query of the tile of turn t."""
@@ -127,7 +131,7 @@ def attention(
             own = pl.ds(wg * ROWS, ROWS)
             buffer = lax.rem(jnp.int32(t), jnp.int32(buffers))
             b, h, _ = place_of(t)
-            queries = q_g.at[b, :, h]
+            queries = q_g.at[b, :, h + first_head]
             gathering.gather(queries, rows_s.at[t, own], q_s.at[buffer, own])
 
         def wait_turn():
@@ -269,7 +273,7 @@ def attention(
                 plgpu.set_max_registers(24, action="decrease")
 
             def fetch_rows():
-                [numbers] = rows_g
+                numbers, *_ = rows_g
                 for t in range(tiles):
                     b, h, start = place_of(t)
                     b = 0 if numbers.shape[0] == 1 else b
@@ -290,7 +294,7 @@ def attention(
 
             def produce_tile(t, before):
                 b, h, _ = place_of(t)
-                kv_head = lax.div(h, jnp.int32(group))
+                kv_head = lax.div(h + first_head, jnp.int32(group))
                 visits, steps = visits_of(t)
 
                 def copy(j, gmem, smem, full, free):

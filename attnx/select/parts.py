@@ -17,7 +17,7 @@ _AT_ONCE = 16
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("index", "place", "first", "stop", "known"),
+    data_fields=("index", "place", "first", "stop", "known", "head"),
     meta_fields=("length", "per_row", "kernels"),
 )
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Rows:
       length: T.
       per_row: pairs of each row, one after the other, or None where that varies.
       kernels: what sums up the parts of rows where their number varies, if not XLA.
+      head: int32, the first of the N heads among those of the query, or None if it has
+        no others. Then there is no gradient.
     """
 
     index: jax.Array
@@ -44,6 +46,20 @@ class Rows:
     length: int
     per_row: int | None
     kernels: RowKernels | None = None
+    head: jax.Array | None = None
+
+    def heads_of(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        """The heads that are meant, of query, key and value."""
+        if self.head is None:
+            return arrays
+        share = arrays[0].shape[2] // self.index.shape[1]
+
+        def part(x):
+            size = x.shape[2] // share
+            start = self.head * x.shape[2] // arrays[0].shape[2]
+            return jax.lax.dynamic_slice_in_dim(x, start, size, 2)
+
+        return tuple(map(part, arrays))
 
     def take(self, query: jax.Array) -> jax.Array:
         """The rows `[B, M, N, H]` of `[B, T, N, H]`."""

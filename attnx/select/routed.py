@@ -124,7 +124,18 @@ def routed_attention(
         # Pairs of all heads are sorted at once.
         tiles = plan(choice.rows, choice.blocks, num_rows=length, count=blocks.count)
         pairs = len(query) * choice.rows.shape[-1]
-        out, lse = by_heads(attend_heads, arrays, tiles, (blocks, beside), pairs=pairs)
+
+        def see(query, key, value, shared):
+            return _see(query, key, value, shared[1], **options)
+
+        out, lse = by_heads(
+            attend_heads,
+            arrays,
+            tiles,
+            (blocks, beside),
+            pairs=pairs,
+            begin=None if beside is None else see,
+        )
     return (out, lse) if return_residual else out
 
 
@@ -163,6 +174,8 @@ def attend_tiles(
     shared,
     shares,
     known,
+    rest,
+    turn,
     block_size,
     per_row,
     scale,
@@ -174,10 +187,12 @@ def attend_tiles(
       query: `[B, T, N, H]`.
       key: `[B, S, K, H]`.
       value: `[B, S, K, V]`.
-      lists: the `Tiles`, of N heads.
+      lists: the `Tiles`, of the heads whose turn it is.
       shared: the cut into blocks, and the mask of what is seen beside them or None.
       shares: of all tiles, of runs that attend one after the other.
       known: what this came to, or None.
+      rest: what was seen beside the blocks, or None if it was not attended yet.
+      turn: of which heads.
       block_size: tokens of the longest block.
       per_row: pairs of each row, or None where that varies.
       scale: as a number.
@@ -187,10 +202,11 @@ def attend_tiles(
       The output `[B, T, N, V]` and the log-sum-exp `[B, T, N]`.
     """
     batch, length = query.shape[:2]
+    heads = lists.block.shape[1]
     blocks, beside = shared
     options = {"scale": scale, "implementation": implementation}
-    merged = None
-    if beside is not None:
+    merged = rest
+    if rest is None and beside is not None:
         merged = _see(query, key, value, beside, known=known, **options)
     count = blocks.count
     # Longer blocks are visited in steps, of which only the last needs a predicate.
@@ -227,14 +243,15 @@ def attend_tiles(
                 key_len=key.shape[1],
                 block_size=(places // run.block.shape[2], step),
             ),
-            rows=Rows(*run[:4], known, length, per_row),
+            rows=Rows(*run[:4], known, length, per_row, head=turn.head(heads)),
             rest=rest,
             **options,
         )
 
-    for run in split_tiles(lists, shares, num_rows=length, per_row=per_row):
-        # One after the other, so that memory holds the parts of one.
-        query, merged = jax.lax.optimization_barrier((query, merged))
+    runs = split_tiles(lists, shares, num_rows=length, per_row=per_row)
+    for i, run in enumerate(runs):
+        if i > 0:  # One after the other, so that memory holds the parts of one.
+            query, merged = jax.lax.optimization_barrier((query, merged))
         merged = part(query, run, merged)
     return merged
 

@@ -12,26 +12,59 @@ import jax.numpy as jnp
 from attnx._checks import is_traced
 
 # Pairs of rows and blocks attended at a time, if one head has no more; and those of one
-# run of tiles where heads take turns.
+# run of tiles where heads take turns, half as many where a turn has its own tokens.
 _PAIRS = 1 << 19
+_RUN = 1 << 20
 # How many runs a head may take, at most: each is a part of the program.
 _RUNS = 16
 
 
-def by_heads(attend, arrays, lists, shared, *, pairs):
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """Which heads' turn it is.
+
+    Attributes:
+      number: of the turn.
+      steps: turns in all.
+      axis: of the heads in tokens.
+    """
+
+    number: jax.Array | int = 0
+    steps: int = 1
+    axis: int = 2
+
+    def of(self, x: jax.Array, axis: int | None = None) -> jax.Array:
+        """The heads whose turn it is, of an array of tokens, or along another axis."""
+        if self.steps == 1:
+            return x
+        axis = self.axis if axis is None else axis
+        size = x.shape[axis] // self.steps
+        return jax.lax.dynamic_slice_in_dim(x, self.number * size, size, axis)
+
+    def head(self, count: int) -> jax.Array | None:
+        """The number of the first of so many heads a turn; None if all take it."""
+        return None if self.steps == 1 else jnp.asarray(self.number * count, jnp.int32)
+
+
+def by_heads(attend, arrays, lists, shared, *, pairs, begin=None):
     """Calls `attend` for so many heads at a time as memory should hold the parts of.
 
     Nothing that it computes is kept for the gradient but the result, by which it can
     tell what each pair weighs.
 
     Args:
-      attend: `(query, key, value, *, lists, shared, shares, known) -> output,
-        log-sum-exp`, of some heads. `shares` are those of its parts to hold at a time.
-        With `known`, what it returned before, it returns that, with its gradient.
+      attend: `(query, key, value, *, lists, shared, shares, known, rest, turn) ->
+        output, log-sum-exp`, of some heads. `shares` are those of its parts to hold at
+        a time. With `known`, what it returned before, it returns that, with its
+        gradient, and is given the tokens of these heads, as the lists always are.
+        Otherwise it is given all, and `turn` says which are meant.
       arrays: query, key and value; heads are the last axis but one, in the output too.
       lists: a pytree of arrays, of which heads are the second axis. No gradient.
       shared: a tuple of pytrees, the same for all heads. No gradient.
       pairs: of rows of one query head and blocks, in the whole batch.
+      begin: `(query, key, value, shared) -> output, log-sum-exp` of what all heads
+        attend to beside, or None. It takes the place of the result until a head's turn,
+        which has its part as `rest`; `attend` without it has it to do itself.
 
     Returns:
       The output and the log-sum-exp.
@@ -44,15 +77,16 @@ def by_heads(attend, arrays, lists, shared, *, pairs):
         if key_heads % n == 0 and (n == 1 or n * pairs <= _PAIRS)
     )
     shares = (1,)
-    if at_once < key_heads or pairs > _PAIRS:
+    most = _RUN // 2 if begin is None else _RUN
+    if at_once < key_heads or pairs > most:
         # The first also holds what is beside, so it is smaller.
-        runs = min(max(2, -(-at_once * pairs // _PAIRS)), _RUNS)
+        runs = min(-(-at_once * pairs // most), _RUNS)
         shares = (7, *(9,) * (runs - 1))
     # What is known stays so: it is no argument of the program then.
     fixed = tuple(None if is_traced(x) else x for x in shared)
     given = tuple(x if is_traced(x) else None for x in shared)
     attend = functools.partial(attend, shares=shares)
-    turns = _Turns(attend, key_heads // at_once, fixed)
+    turns = _Turns(attend, key_heads // at_once, fixed, begin)
     return _in_turn(turns, arrays, lists, given)
 
 
@@ -66,34 +100,33 @@ class _Turns:
     attend: Callable
     steps: int
     fixed: tuple
+    begin: Callable | None
 
-    def run(self, body, carry, arrays, lists, given):
-        """Runs `body(heads of arrays, attend)` a step, and writes what it gives.
+    def shared(self, given):
+        pairs = zip(given, self.fixed, strict=True)
+        return tuple(x if y is None else y for x, y in pairs)
+
+    def run(self, body, carry, axis, lists, given):
+        """Runs `body(turn, attend, what was written)` a step, and writes what it gives.
 
         `carry()` makes what is written to.
         """
-        pairs = zip(given, self.fixed, strict=True)
-        shared = tuple(x if y is None else y for x, y in pairs)
-        attend = functools.partial(self.attend, shared=shared)
-        if self.steps == 1:
-            return body(arrays, functools.partial(attend, lists=lists))
-        axis = arrays[0].ndim - 2
+        attend = functools.partial(self.attend, shared=self.shared(given))
 
         def step(i, carry):
-            def part(x, axis):
-                size = x.shape[axis] // self.steps
-                return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis)
-
-            chosen = jax.tree.map(lambda x: part(x, 1), lists)
-            found = body(
-                [part(x, axis) for x in arrays], functools.partial(attend, lists=chosen)
-            )
+            turn = Turn(i, self.steps, axis)
+            chosen = jax.tree.map(lambda x: turn.of(x, 1), lists)
+            found = body(turn, functools.partial(attend, lists=chosen), carry)
+            if self.steps == 1:
+                return tuple(found)
             write = jax.lax.dynamic_update_slice_in_dim
             return tuple(
                 write(x, y, i * y.shape[axis], axis)
                 for x, y in zip(carry, found, strict=True)
             )
 
+        if self.steps == 1:
+            return step(0, carry() if self.begin else None)
         return jax.lax.fori_loop(0, self.steps, step, tuple(carry()))
 
 
@@ -102,13 +135,20 @@ def _in_turn(turns, arrays, lists, given):
     query, _, value = arrays
 
     def carry():
+        if turns.begin is not None:
+            return turns.begin(*arrays, turns.shared(given))
         # Made from the query, so as to be laid out over devices as it is.
         zero = jnp.zeros_like(query[..., :1])
         out = jnp.broadcast_to(zero, (*zero.shape[:-1], value.shape[-1]))
         return out, zero[..., 0].astype(jnp.promote_types(query.dtype, jnp.float32))
 
-    run = lambda heads, attend: attend(*heads, known=None)
-    return turns.run(run, carry, arrays, lists, given)
+    def run(turn, attend, carry):
+        rest = None
+        if turns.begin is not None:
+            rest = tuple(turn.of(x) for x in carry)
+        return attend(*arrays, known=None, rest=rest, turn=turn)
+
+    return turns.run(run, carry, query.ndim - 2, lists, given)
 
 
 def _in_turn_forward(turns, *operands):
@@ -118,14 +158,18 @@ def _in_turn_forward(turns, *operands):
 
 def _in_turn_backward(turns, residuals, grads):
     arrays, lists, given, known = residuals
+    turns = dataclasses.replace(turns, begin=None)
 
-    def run(heads, attend):
-        known, grads = tuple(heads[3:5]), tuple(heads[5:])
-        return jax.vjp(functools.partial(attend, known=known), *heads[:3])[1](grads)
+    def run(turn, attend, _):
+        own, part, cotangents = (
+            tuple(turn.of(x) for x in some) for some in (arrays, known, grads)
+        )
+        attend = functools.partial(attend, known=part, rest=None, turn=Turn())
+        return jax.vjp(attend, *own)[1](cotangents)
 
     carry = lambda: map(jnp.zeros_like, arrays)
-    found = turns.run(run, carry, (*arrays, *known, *grads), lists, given)
-    return tuple(found), None, None
+    found = turns.run(run, carry, arrays[0].ndim - 2, lists, given)
+    return found, None, None
 
 
 _in_turn.defvjp(_in_turn_forward, _in_turn_backward)

@@ -23,7 +23,7 @@ from attnx.select.choice import (
 )
 from attnx.select.routed import attend_tiles, routed_attention, tile_of
 from attnx.select.tiles import plan_tiles
-from attnx.select.turns import by_heads
+from attnx.select.turns import Turn, by_heads
 from attnx.softmax import KernelConfig
 from attnx.softmax.engine import check_arrays
 
@@ -126,9 +126,9 @@ def vmoba_attention(
     return (out, lse) if return_residual else out
 
 
-def _attend(boxes, options, query, key, value, *, lists, shared, shares, known):
+def _attend(boxes, options, *arrays, lists, shared, shares, known, rest, turn):
     """For `by_heads`: what one head needs is made in its turn."""
-    arrays = [boxes.gather(x) for x in (query, key, value)]
+    arrays = [boxes.gather(turn.of(x)) for x in arrays]
     if known is not None:
         known = tuple(boxes.gather(x) for x in known)
     choice = boxes.choose(*arrays[:2], lists)
@@ -145,6 +145,8 @@ def _attend(boxes, options, query, key, value, *, lists, shared, shares, known):
         shared=(boxes.blocks, None),
         shares=shares,
         known=known,
+        rest=rest,
+        turn=Turn(),
         block_size=boxes.size,
         per_row=choice.per_row,
         **options,

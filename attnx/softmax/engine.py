@@ -66,7 +66,7 @@ def attend(
     """
     batch, query_len, heads, head_size = query.shape
     if rows is not None:
-        query_len = rows.index.shape[2]
+        heads, query_len = rows.index.shape[1:]
     key_len = key.shape[1]
     if isinstance(mask, BlockMask):
         check_lists(mask, (batch, query_len, heads), key)
@@ -104,6 +104,7 @@ def attend(
         if rows is None:
             return alone_by_xla(query, key, value, bias, known)
         # They are queries like any others.
+        query, key, value = rows.heads_of(query, key, value)
         out, lse = alone_by_xla(rows.take(query), key, value, bias, rows.known_parts())
         return rows.merge(out, lse, rest)
 

@@ -76,7 +76,7 @@ def attention(
     grad_block_mask = grad_block_mask or block_mask
     batch, query_len, heads, _ = query.shape
     if rows is not None:
-        query_len = rows.index.shape[2]
+        heads, query_len = rows.index.shape[1:]
     key_len = key.shape[1]
     if scale <= 0:  # The kernels take a row's peak from unscaled scores.
         query, scale = query * jnp.asarray(scale, query.dtype), 1.0
@@ -184,14 +184,18 @@ def _forward(call, query, key, value, lists, grad_lists, looked_up, rows, known)
         out, lse = known
         lse = jnp.swapaxes(lse, 1, 2) * LOG2E
         return known, (query, key, value, grad_lists, looked_up, rows, out, lse)
-    batch, _, heads, _ = query.shape
+    batch, length, heads, _ = query.shape
+    index = head = None
+    if rows is not None:
+        index, head = rows.index, rows.head
+        heads, length = index.shape[1:]
     size = max(query.shape[-1], value.shape[-1])
     small = size <= _NARROW
     divides = call.masking.query_block % (3 * ROWS) == 0
     warpgroups = 3 if small and divides else 2
-    length = query.shape[1] if rows is None else rows.index.shape[2]
     tile = warpgroups * ROWS
-    costs = _costs(call.block_mask.counts, query, call.masking.query_block // tile)
+    in_block = call.masking.query_block // tile
+    costs = _costs(call.block_mask.counts, (batch, heads), in_block)
     if costs is not None:  # Batches come first, then tiles from the last, then heads.
         costs = costs[..., ::-1].transpose(1, 2, 0)
     is_short = lists.indices.shape[-1] <= _SHORT
@@ -205,8 +209,8 @@ def _forward(call, query, key, value, lists, grad_lists, looked_up, rows, known)
         warpgroups=warpgroups,
         tiles=1 if size > _WIDEST_FUSED else _tiles_in_turn(costs, short=short),
     )
-    index = None if rows is None else rows.index
-    out, lse = kernel((query, key, value), (lists, looked_up, index))
+    first = None if head is None else head[None]
+    out, lse = kernel((query, key, value), (lists, looked_up, index, first))
     residuals = query, key, value, grad_lists, looked_up, rows, out, lse
     return (out, jnp.swapaxes(lse, 1, 2) / LOG2E), residuals
 
@@ -234,18 +238,18 @@ def _tiles_in_turn(costs, *, short=0):
     return min((1, 2, 4, 8), key=cost) if short else 1
 
 
-def _costs(counts, query, tiles):
+def _costs(counts, shape, tiles):
     """How many blocks each tile visits, `[B, N, tiles]`, or None where not known.
 
     Args:
       counts: of the lists, int `[B or 1, N or K or 1, blocks]`.
-      query: `[B, T, N, H]`.
+      shape: B and N.
       tiles: in a block.
     """
     if is_traced(counts):
         return None
     counts = np.repeat(np.asarray(counts), tiles, -1)
-    batch, _, heads, _ = query.shape
+    batch, heads = shape
     counts = np.repeat(counts, heads // counts.shape[1], 1)
     return np.broadcast_to(counts, (batch, *counts.shape[1:]))
 

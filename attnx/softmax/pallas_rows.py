@@ -36,6 +36,15 @@ class Rows(Protocol):
         """What all parts of rows come to, if only a gradient is wanted."""
         ...
 
+    @property
+    def head(self) -> jax.Array | None:
+        """The first of these heads among those of the query, if it has others."""
+        ...
+
+    def heads_of(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        """These heads of query, key and value."""
+        ...
+
     def known_parts(self) -> tuple[jax.Array, jax.Array] | None:
         """That of the row in each place, `[B, M, N, V]` and `[B, M, N]`."""
         ...
