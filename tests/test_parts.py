@@ -30,9 +30,7 @@ IMPLEMENTATIONS = {"xla": jnp.float32, "pallas": jnp.bfloat16}
 
 
 def planned(choice):
-    return tiles.plan_tiles(
-        choice.rows, choice.blocks, num_rows=T, count=COUNT, tile=TILE
-    )
+    return tiles.plan_tiles(choice.rows, choice.blocks, count=COUNT, tile=TILE)
 
 
 def runs(plan, choice, implementation, shares):
@@ -51,8 +49,8 @@ def interpreted(implementation):
 
 def pairs(plan):
     """`(batch, head, row, place)` of all that are there."""
-    for (b, n, p), place in np.ndenumerate(np.asarray(plan.place)):
-        if place < plan.index.shape[2]:
+    for (b, n, p), place in np.ndenumerate(np.asarray(plan.places())):
+        if place < plan.pair.shape[2]:
             yield b, n, int(plan.owner[b, n, p]), place
 
 
@@ -64,7 +62,7 @@ def pairs(plan):
 def test_parts_of_rows_are_merged(name, shares, has_rest, implementation):
     choice = CHOICES[name]()
     plan = planned(choice)
-    size, dtype = plan.index.shape[2], IMPLEMENTATIONS[implementation]
+    size, dtype = plan.pair.shape[2], IMPLEMENTATIONS[implementation]
     out, own = normal(1, (B, size, N, V), (B, T, N, V), dtype=dtype)
     lse, own_lse = normal(2, (B, size, N), (B, T, N))
     lse = jnp.where(jnp.arange(size)[:, None] % 7 == 0, -jnp.inf, 30 * lse)
@@ -102,7 +100,7 @@ def test_gradients_of_rows_are_added_up(name, implementation):
     choice = CHOICES[name]()
     plan, dtype = planned(choice), IMPLEMENTATIONS[implementation]
     [rows] = runs(plan, choice, implementation, (1,))
-    x, grads = normal(0, (B, T, N, V), (B, plan.index.shape[2], N, V), dtype=dtype)
+    x, grads = normal(0, (B, T, N, V), (B, plan.pair.shape[2], N, V), dtype=dtype)
 
     @jax.jit
     def pulled(x, grads):
@@ -122,7 +120,7 @@ def test_mapped_parts_are_merged():
     choice = CHOICES["head"]()
     plan = planned(choice)
     [rows] = runs(plan, choice, "pallas", (1,))
-    size = plan.index.shape[2]
+    size = plan.pair.shape[2]
     out, lse = normal(0, (2, B, size, N, V), (2, B, size, N))
     out = out.astype(jnp.bfloat16)
     with interpreted("pallas"):
@@ -136,7 +134,7 @@ def test_kernels_lower_for_cuda(size):
     choice = CHOICES["head"]()
     plan = planned(choice)
     [rows] = runs(plan, choice, "pallas", (1,))
-    places = plan.index.shape[2]
+    places = plan.pair.shape[2]
 
     def merged_and_pulled(x, lse):
         taken, pull = jax.vjp(rows.take, x)

@@ -122,7 +122,7 @@ def routed_attention(
             out, lse = merge_attention(*zip((out, lse), other, strict=True))
     else:
         # Pairs of all heads are sorted at once.
-        tiles = plan(choice.rows, choice.blocks, num_rows=length, count=blocks.count)
+        tiles = plan(choice.rows, choice.blocks, count=blocks.count)
         pairs = len(query) * choice.rows.shape[-1]
 
         def see(query, key, value, shared):
@@ -152,8 +152,7 @@ def _as_one_head(attend, plan, query, key, value, choice, blocks):
     every = Blocks(ids.reshape(len(ids), -1), key_heads * count)
     chosen = jnp.where(choice.blocks < count, head * count + choice.blocks, every.count)
     query, key, value = (_fold(x) for x in (query, key, value))
-    rows = query.shape[1]
-    tiles = plan(choice.rows, chosen, num_rows=rows, count=every.count)
+    tiles = plan(choice.rows, chosen, count=every.count)
     pairs = choice.rows.size
     arrays = query, key, value
     out, lse = by_heads(attend, arrays, tiles, (every, None), pairs=pairs)

@@ -18,23 +18,47 @@ class Tiles(NamedTuple):
 
     Attributes:
       owner: int32 `[B, N, P]`, the row of each pair.
-      place: int32 `[B, N, P]`, the place of each pair, M where it has none.
-      index: int32 `[B, N, M]`, the row in each place, past the last where none.
+      pair: int32 `[B, N, M]`, the pair in each place, P where none.
       block: int32 `[B, N, n]`, which block each tile attends to.
       used: int32 `[B, N, n]`, whether it is in use, 0 or 1.
     """
 
     owner: jax.Array
-    place: jax.Array
-    index: jax.Array
+    pair: jax.Array
     block: jax.Array
     used: jax.Array
 
+    def places(self) -> jax.Array:
+        """The place of each pair, int32 `[B, N, P]`, M where it has none."""
+        size, places = self.owner.shape[2], self.pair.shape[2]
 
-def plan_tiles(rows, blocks, *, num_rows, count, tile):
+        def find(pair):
+            each = jnp.arange(len(pair), dtype=jnp.int32)[:, None] * size
+            at = jnp.where(pair < size, each + pair, len(pair) * size)
+            place = jnp.arange(places, dtype=jnp.int32)
+            place = jnp.broadcast_to(place, pair.shape).reshape(-1)
+            found = jnp.full(len(pair) * size, places, jnp.int32)
+            found = found.at[at.reshape(-1)].set(
+                place, mode="drop", unique_indices=True
+            )
+            return found.reshape(-1, size)
+
+        return _by_batch(find, self.pair)
+
+    def owners(self, num_rows: int, per_row: int | None) -> jax.Array:
+        """The row in each place, int32 `[B, N, M]`, `num_rows` where none."""
+        if per_row is not None:
+            row = self.pair // per_row
+        else:
+            take = functools.partial(jnp.take, mode="clip")
+            row = jax.vmap(jax.vmap(take))(self.owner, self.pair)
+        return jnp.where(self.pair < self.owner.shape[2], row, num_rows)
+
+
+def plan_tiles(rows, blocks, *, count, tile):
     """Sorts the pairs of `[B, N, P]` by block and fills `Tiles`."""
-    plan = functools.partial(_plan, num_rows=num_rows, count=count, tile=tile)
-    return Tiles(rows, *_by_batch(plan, rows, blocks))
+    plan = functools.partial(_plan, count=count, tile=tile)
+    return Tiles(rows, *_by_batch(plan, blocks))
 
 
 def _by_batch(fn, *arrays):
@@ -44,7 +68,7 @@ def _by_batch(fn, *arrays):
     return jax.vmap(fn)(*arrays)
 
 
-def _plan(rows, blocks, *, num_rows, count, tile):
+def _plan(blocks, *, count, tile):
     """`Tiles` of `[N, P]`, all lists as one.
 
     Then every look-up is in one long array, which the compiler fuses with what is
@@ -75,17 +99,9 @@ def _plan(rows, blocks, *, num_rows, count, tile):
     offset = (index - start) * tile
     left = jnp.where(used > 0, size - offset, 0)[..., None]
     inside = jnp.arange(tile, dtype=jnp.int32)
-    pair = jnp.clip((begin + offset)[..., None] + inside, 0, lists * pairs - 1)
-    index = jnp.where(inside < left, rows.reshape(-1)[order[pair]], num_rows)
-
-    # Of the pairs as they are sorted, then as they came.
-    ordered = number.reshape(lists, pairs) - each * (count + 1)
-    at = each * count + jnp.minimum(ordered, count - 1)
-    place = jnp.arange(lists * pairs, dtype=jnp.int32).reshape(lists, pairs)
-    place += starts.reshape(-1)[at] * tile - first.reshape(-1)[at]
-    place = jnp.where(ordered < count, place, most * tile).reshape(-1)
-    place = jnp.zeros_like(place).at[order].set(place, unique_indices=True)
-    return tuple(x.reshape(lists, -1) for x in (place, index, block, used))
+    place = jnp.clip((begin + offset)[..., None] + inside, 0, lists * pairs - 1)
+    pair = jnp.where(inside < left, order[place] - each[..., None] * pairs, pairs)
+    return pair.reshape(lists, -1), block, used
 
 
 class Run(NamedTuple):
@@ -112,19 +128,20 @@ class Run(NamedTuple):
 def split_tiles(tiles, shares, *, num_rows, per_row):
     """Runs of `Tiles` that are such shares of all."""
     count = tiles.block.shape[2]
-    tile = tiles.index.shape[2] // count
+    tile = tiles.pair.shape[2] // count
+    index, place = tiles.owners(num_rows, per_row), tiles.places()
     total = sum(shares)
     bounds = sorted({count * x // total for x in (0, *itertools.accumulate(shares))})
     pairs = None
     if per_row is None:
         stops = np.array(bounds[1:], np.int32) * tile
         find = functools.partial(_pairs_of_rows, stops=stops, num_rows=num_rows)
-        pairs = _by_batch(find, tiles.owner, tiles.place)
+        pairs = _by_batch(find, tiles.owner, place)
     for i, (first, stop) in enumerate(itertools.pairwise(bounds)):
         size = (stop - first) * tile
-        inside = tiles.place - first * tile
+        inside = place - first * tile
         yield Run(
-            tiles.index[:, :, first * tile : stop * tile],
+            index[:, :, first * tile : stop * tile],
             jnp.where((inside >= 0) & (inside < size), inside, size),
             *(None, None) if pairs is None else (x[:, i] for x in pairs),
             tiles.block[:, :, first:stop],

@@ -135,7 +135,6 @@ def _attend(boxes, options, *arrays, lists, shared, shares, known, rest, turn):
     tiles = plan_tiles(
         choice.rows,
         choice.blocks,
-        num_rows=arrays[0].shape[1],
         count=boxes.blocks.count,
         tile=tile_of(boxes.size),
     )
