@@ -302,7 +302,7 @@ def linear_scan(
                     return gmem.at[b, tokens, head, pl.ds(first_column, columns)]
                 return gmem.at[b, tokens, head]
 
-            mosaic.by_one_warp(lambda: stream.copy(source, chunks - first, stages))
+            mosaic.by_one_warp(lambda: stream.copy(source, chunks - first))
 
         pl.when(wg < 2)(consume)
         pl.when(wg == 2)(produce)

@@ -22,10 +22,12 @@ from jax import lax
 
 from pallas_kernels import mosaic
 from pallas_kernels.chunks import Stream, row_of
-from pallas_kernels.mosaic import TILE
+from pallas_kernels.mosaic import LOG2E, TILE
 
 CHUNK = 64
 LEVELS = 6  # CHUNK is 2 to it.
+# A logarithm below which float32 knows no weight: 2^-184 is 0.
+LEAST = -184.0
 # Rows of the state in one tile.
 ROWS = 64
 
@@ -34,8 +36,7 @@ def linear_channel_scan(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    high: jax.Array,
-    low: jax.Array,
+    log_decay: jax.Array,
     state: jax.Array,
     scale: jax.Array,
     *,
@@ -47,8 +48,7 @@ def linear_channel_scan(
       query: `[B, T, N, H]`, T a multiple of `CHUNK`, H 64 or 128.
       key: `[B, T, K, H]`.
       value: `[B, T, K, V]`, V 64 or 128.
-      high: base-2 logarithm of the decays, `[B, T, N, H]`; see `in_two`.
-      low: what rounding left of it.
+      log_decay: natural logarithm of the decays, `[B, T, N, H]`.
       state: the one before the first token, float32 `[B, N, H, V]`.
       scale: on the queries, float32 `[1]`, or `[B]`.
       keep_states: also returns the states that enter the chunks, `[B, N, chunks, H, V]`
@@ -60,7 +60,8 @@ def linear_channel_scan(
     columns, channels = value_size // 2, size // 2
     tiles = [pl.ds(row, ROWS) for row in range(0, size, ROWS)]
     stages = min(2, chunks)
-    inputs = {"query": query, "key": key, "value": value, "high": high, "low": low}
+    ahead = {"query": query, "key": key, "value": value}
+    inputs = {**ahead, "log_decay": log_decay}
 
     def body(*refs):
         tokens_g = dict(zip(inputs, refs, strict=False))
@@ -69,33 +70,43 @@ def linear_channel_scan(
             states_g, *rest = rest
         stream, local = Stream.of(tuple(inputs), rest)
         tokens_s, fulls, frees = stream
-        weighed_s, scores_s, state_s, met, written = local
+        decays_s, weighed_s, scores_s, state_s, met, written = local
+        decays = Decays(decays_s)
         h, b = (lax.axis_index(axis) for axis in ("h", "b"))
         wg = lax.axis_index("wg")
 
         def consume():
             plgpu.set_max_registers(240, action="increase")
-            own = pl.ds(wg * columns, columns)
-            part = pl.ds(wg * channels, channels)
             scale = scale_g[row_of(scale_g, b)]
-            weighed = weighed_s.at[wg]
 
-            def scores(q, k, decays):
+            def own_columns():
+                """This warpgroup's columns of values."""
+                return pl.ds(mosaic.again(wg) * columns, columns)
+
+            def own_part():
+                """This warpgroup's channels."""
+                return pl.ds(mosaic.again(wg) * channels, channels)
+
+            def scores(q_s, k_s):
                 """What these channels add to the scores."""
 
                 def level(n, p):
-                    pair = Pair(n)
+                    part, pair = own_part(), Pair(n)
+                    weighed = weighed_s.at[mosaic.again(wg)]
                     decay = pair.decay(decays, part)
-                    x = jnp.where(pair.right(decay.shape), load(q), load(k)) * decay
+                    q, k = load(q_s.at[:, part]), load(k_s.at[:, part])
+                    x = jnp.where(pair.right(decay.shape), q, k) * decay
                     x = x.astype(dtype)
                     plgpu.commit_smem()  # All have read what was there.
                     weighed[...] = x
                     plgpu.commit_smem()
                     return p + pair.products(x, weighed)
 
-                return lax.fori_loop(0, LEVELS, level, itself(load(q) * load(k)))
+                part = own_part()
+                p = itself(load(q_s.at[:, part]) * load(k_s.at[:, part]))
+                return lax.fori_loop(0, LEVELS, level, p)
 
-            def after(state, k, v, decays):
+            def after(state, k, v):
                 """What leaves the chunk."""
                 left = []
                 for tile, old in zip(tiles, state, strict=True):
@@ -112,6 +123,7 @@ def linear_channel_scan(
                     plgpu.copy_smem_to_gmem(smem, gmem)
 
             def publish(state):
+                own = own_columns()
                 for tile, x in zip(tiles, state, strict=True):
                     state_s.at[tile, own][...] = x.astype(dtype)
                 plgpu.commit_smem()
@@ -122,14 +134,20 @@ def linear_channel_scan(
                 slot = lax.rem(n, jnp.int32(stages))
                 if keep_states:
                     copy(state_s, states_g.at[b, h, n])
-                for name in fulls:
+                plgpu.barrier_wait(fulls["log_decay"].at[0])
+                part = own_part()
+                decays.take(tokens_s["log_decay"].at[0, :, part], part)
+                plgpu.barrier_arrive(frees["log_decay"].at[0])
+                q, k, v = (tokens_s[name].at[slot] for name in ahead)
+                for name in ahead:
                     plgpu.barrier_wait(fulls[name].at[slot])
-                q, k, v, *both = (tokens_s[name].at[slot] for name in inputs)
-                own_q, own_k = q.at[:, part], k.at[:, part]
-                decays = Decays(*both)
                 i, j = tokens()
-                p = scores(own_q, own_k, decays)
-                scores_s.at[wg][...] = jnp.where(j <= i, p, 0.0).astype(dtype)
+                p = scores(q, k)
+                part = own_part()
+                own_q, own_k = q.at[:, part], k.at[:, part]
+                scores_s.at[mosaic.again(wg)][...] = jnp.where(j <= i, p, 0.0).astype(
+                    dtype
+                )
                 # Queries and keys give way to what the states are to them.
                 own_q[...] = (load(own_q) * decays.over(j <= i, part)).astype(dtype)
                 own_k[...] = (load(own_k) * decays.over(j > i, part)).astype(dtype)
@@ -137,14 +155,14 @@ def linear_channel_scan(
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(met)
                 plgpu.barrier_wait(met)
+                own = own_columns()
                 out = mosaic.full((CHUNK, columns), 0.0, TILE)
                 for one in range(2):
                     out = mosaic.accumulated(out, scores_s.at[one], v.at[:, own])
                 out = mosaic.accumulated(out, q, state_s.at[:, own])
                 plgpu.barrier_arrive(frees["query"].at[slot])
-                state = after(state, k, v.at[:, own], decays)
-                for name in ("key", "high", "low"):
-                    plgpu.barrier_arrive(frees[name].at[slot])
+                state = after(state, k, v.at[:, own])
+                plgpu.barrier_arrive(frees["key"].at[slot])
                 # The values have been read: their place takes the output.
                 plgpu.commit_smem()
                 v.at[:, own][...] = (out * scale).astype(dtype)
@@ -154,11 +172,13 @@ def linear_channel_scan(
                 plgpu.barrier_arrive(frees["value"].at[slot])
                 return state
 
+            own = own_columns()
             state = tuple(
                 mosaic.load(state_g.at[b, h, tile, own], TILE) for tile in tiles
             )
             publish(state)
             state = lax.fori_loop(0, chunks, step, state)
+            own = own_columns()
             for tile, x in zip(tiles, state, strict=True):
                 last_g.at[b, h, tile, own][...] = x
             plgpu.wait_smem_to_gmem(0)
@@ -171,7 +191,7 @@ def linear_channel_scan(
                 head = lax.div(h, jnp.int32(heads // gmem.shape[2]))
                 return gmem.at[b, pl.ds(n * CHUNK, CHUNK), head]
 
-            mosaic.by_one_warp(lambda: stream.copy(source, chunks, stages))
+            mosaic.by_one_warp(lambda: stream.copy(source, chunks))
 
         pl.when(wg < 2)(consume)
         pl.when(wg == 2)(produce)
@@ -179,6 +199,9 @@ def linear_channel_scan(
     # One swizzle for all, since products take no two.
     swizzle = mosaic.swizzle_of(min(channels, columns), dtype)
     tiled = functools.partial(mosaic.tiled, dtype=dtype, swizzle=swizzle)
+    buffers = {name: tiled((stages, CHUNK, x.shape[-1])) for name, x in ahead.items()}
+    # Parted as soon as they come, and then the next may come.
+    buffers["log_decay"] = staged(log_decay, size, channels)
     outputs = [
         jax.ShapeDtypeStruct((batch, length, heads, value_size), dtype),
         jax.ShapeDtypeStruct(state.shape, jnp.float32),
@@ -191,12 +214,8 @@ def linear_channel_scan(
         (*inputs.values(), state, scale),
         tuple(outputs),
         scratch=[
-            *Stream.scratch(
-                {
-                    name: tiled((stages, CHUNK, x.shape[-1]))
-                    for name, x in inputs.items()
-                }
-            ),
+            *Stream.scratch(buffers),
+            tiled((2, CHUNK, size)),
             tiled((2, CHUNK, channels)),
             tiled((2, CHUNK, CHUNK)),
             tiled((size, value_size)),
@@ -211,19 +230,35 @@ def linear_channel_scan(
     )
 
 
-def in_two(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
-    """Two arrays of a dtype that products can read, which add up to float32 `x`."""
-    info = jnp.finfo(dtype)
-    # XLA would drop a conversion there and back.
-    high = lax.reduce_precision(x, info.nexp, info.nmant)
-    return high.astype(dtype), (x - high).astype(dtype)
+def staged(log_decay: jax.Array, size: int, part: int):
+    """Room for a chunk's log decays of `size` channels, read by `part`."""
+    swizzle = mosaic.swizzle_of(part, log_decay.dtype)
+    return mosaic.tiled((1, CHUNK, size), log_decay.dtype, swizzle)
+
+
+def in_two(x, dtype):
+    """Two tiles of a dtype that products can read, which add up to float32 `x`."""
+    high = mosaic.rounded(x, dtype)
+    return high, (x - high.astype(jnp.float32)).astype(dtype)
 
 
 class Decays:
-    """Log decays of a chunk's tokens by channel, in shared memory, in two parts."""
+    """Base-2 log decays of a chunk's tokens by channel, in shared memory.
 
-    def __init__(self, high, low):
-        self._parts = high, low
+    In two parts, which products can read and which add up to the float32 ones.
+    """
+
+    def __init__(self, ref):
+        self._parts = ref.at[0], ref.at[1]
+
+    def take(self, log_decay, channels):
+        """Those of these channels, of natural logarithms in shared memory."""
+        x = jnp.maximum(load(log_decay) * LOG2E, LEAST)
+        for part, half in zip(
+            self._parts, in_two(x, self._parts[0].dtype), strict=True
+        ):
+            part.at[:, channels][...] = half
+        plgpu.commit_smem()
 
     def over(self, which, channels):
         """By what the tokens `which`, a row for each token, decay these channels."""

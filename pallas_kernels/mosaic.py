@@ -151,6 +151,14 @@ def full(shape, value, layout, dtype=jnp.float32):
     return x if interpreted() else plgpu.layout_cast(x, layout)
 
 
+def rounded(x, dtype):
+    """In a smaller dtype, also where XLA would drop a conversion there and back."""
+    if interpreted():
+        info = jnp.finfo(dtype)
+        x = lax.reduce_precision(x, info.nexp, info.nmant)
+    return x.astype(dtype)
+
+
 def iota(size: int, axis: int):
     """0, 1, 2, ... along an axis of a tile."""
     if interpreted():

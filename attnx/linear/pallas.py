@@ -69,8 +69,12 @@ def linear_attention(
         initial_state = empty_state(query, columns, jnp.float32)
     pieces = 1 if by_channel else number_of_pieces(query)
     fill = -length % (CHUNK * pieces)
-    log_decay = by_token(log_decay, segment_ids, query, jnp.float32, reverse, fill > 0)
-    log_decay = jnp.maximum(log_decay, _LEAST)
+    # One decay a channel is as large as the keys: its kernels take it as it comes.
+    if not by_channel or segment_ids is not None or log_decay.dtype == jnp.float64:
+        log_decay = by_token(
+            log_decay, segment_ids, query, jnp.float32, reverse, fill > 0
+        )
+        log_decay = jnp.maximum(log_decay, _LEAST)
     tokens = [query, key, value]
     tokens += [log_decay] if log_decay.ndim > 1 else []
     if reverse:
@@ -419,7 +423,8 @@ def piece(
     segment_ids: None,
 ) -> tuple[jax.Array, jax.Array]:
     """`linear_attention` of whole chunks that are a piece already."""
-    operands = query, key, value, scale, jnp.maximum(log_decay, _LEAST), state
     if log_decay.ndim == 4:
-        return pallas_channel.attention(*operands)
-    return _attention(_Options(1, log_decay.ndim == 1, True), *operands)
+        return pallas_channel.attention(query, key, value, scale, log_decay, state)
+    options = _Options(1, log_decay.ndim == 1, True)
+    log_decay = jnp.maximum(log_decay, _LEAST)
+    return _attention(options, query, key, value, scale, log_decay, state)
