@@ -122,6 +122,10 @@ def linear_channel_scan(
                 def _():
                     plgpu.copy_smem_to_gmem(smem, gmem)
 
+            def release_values(n):
+                """When the output that took their place has been copied."""
+                plgpu.barrier_arrive(frees["value"].at[lax.rem(n, jnp.int32(stages))])
+
             def publish(state):
                 own = own_columns()
                 for tile, x in zip(tiles, state, strict=True):
@@ -153,6 +157,7 @@ def linear_channel_scan(
                 own_k[...] = (load(own_k) * decays.over(j > i, part)).astype(dtype)
                 plgpu.commit_smem()
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                pl.when(n > 0)(lambda: release_values(n - 1))
                 plgpu.barrier_arrive(met)
                 plgpu.barrier_wait(met)
                 own = own_columns()
@@ -168,8 +173,6 @@ def linear_channel_scan(
                 v.at[:, own][...] = (out * scale).astype(dtype)
                 publish(state)
                 copy(v, out_g.at[b, pl.ds(n * CHUNK, CHUNK), h])
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                plgpu.barrier_arrive(frees["value"].at[slot])
                 return state
 
             own = own_columns()
@@ -182,6 +185,7 @@ def linear_channel_scan(
             for tile, x in zip(tiles, state, strict=True):
                 last_g.at[b, h, tile, own][...] = x
             plgpu.wait_smem_to_gmem(0)
+            release_values(jnp.int32(chunks - 1))
 
         def produce():
             plgpu.set_max_registers(24, action="decrease")
