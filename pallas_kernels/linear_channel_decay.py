@@ -18,6 +18,7 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels import mosaic
@@ -65,13 +66,13 @@ def linear_channel_scan(
 
     def body(*refs):
         tokens_g = dict(zip(inputs, refs, strict=False))
-        state_g, scale_g, out_g, last_g, *rest = refs[len(inputs) :]
+        state_g, scale_g, ones_g, out_g, last_g, *rest = refs[len(inputs) :]
         if keep_states:
             states_g, *rest = rest
         stream, local = Stream.of(tuple(inputs), rest)
         tokens_s, fulls, frees = stream
-        decays_s, weighed_s, scores_s, state_s, met, written = local
-        decays = Decays(decays_s)
+        decays, local = Decays(*local[:3]), local[3:]
+        weighed_s, scores_s, state_s, met, written = local
         h, b = (lax.axis_index(axis) for axis in ("h", "b"))
         wg = lax.axis_index("wg")
 
@@ -90,28 +91,35 @@ def linear_channel_scan(
             def scores(q_s, k_s):
                 """What these channels add to the scores."""
 
+                part, weighed = own_part(), weighed_s.at[mosaic.again(wg)]
+                own_q, own_k = q_s.at[:, part], k_s.at[:, part]
+
                 def level(n, p):
-                    part, pair = own_part(), Pair(n)
-                    weighed = weighed_s.at[mosaic.again(wg)]
+                    # From the widest pair on: what it has wrong inside of blocks is
+                    # replaced by the next.
+                    pair = Pair(LEVELS - 1 - n)
                     decay = pair.decay(decays, part)
-                    q, k = load(q_s.at[:, part]), load(k_s.at[:, part])
-                    x = jnp.where(pair.right(decay.shape), q, k) * decay
-                    x = x.astype(dtype)
+                    q, k = mosaic.load(own_q, TILE), mosaic.load(own_k, TILE)
+                    x = jnp.where(pair.right(decay.shape), q, k).astype(jnp.float32)
+                    x = (x * decay).astype(dtype)
                     plgpu.commit_smem()  # All have read what was there.
                     weighed[...] = x
                     plgpu.commit_smem()
-                    return p + pair.products(x, weighed)
+                    product = mosaic.full((CHUNK, CHUNK), 0.0, TILE)
+                    product = mosaic.accumulated(product, x, mosaic.transposed(weighed))
+                    return jnp.where(pair.together(), product, p)
 
-                part = own_part()
-                p = itself(load(q_s.at[:, part]) * load(k_s.at[:, part]))
-                return lax.fori_loop(0, LEVELS, level, p)
+                p = mosaic.full((CHUNK, CHUNK), 0.0, TILE)
+                p = lax.fori_loop(0, LEVELS, level, p)
+                i, j = tokens()
+                return jnp.where(i == j, itself(load(own_q) * load(own_k)), p)
 
             def after(state, k, v):
                 """What leaves the chunk."""
                 left = []
                 for tile, old in zip(tiles, state, strict=True):
                     old = old * mosaic.along(decays.across(tile), 0, old.shape)
-                    keys = mosaic.load_transposed(k.at[:, tile])
+                    keys = mosaic.transposed(k.at[:, tile])
                     left.append(mosaic.accumulated(old, keys, v))
                 return tuple(left)
 
@@ -175,6 +183,7 @@ def linear_channel_scan(
                 copy(v, out_g.at[b, pl.ds(n * CHUNK, CHUNK), h])
                 return state
 
+            decays.wait()
             own = own_columns()
             state = tuple(
                 mosaic.load(state_g.at[b, h, tile, own], TILE) for tile in tiles
@@ -195,7 +204,11 @@ def linear_channel_scan(
                 head = lax.div(h, jnp.int32(heads // gmem.shape[2]))
                 return gmem.at[b, pl.ds(n * CHUNK, CHUNK), head]
 
-            mosaic.by_one_warp(lambda: stream.copy(source, chunks))
+            def copy():
+                decays.fetch(ones_g)
+                stream.copy(source, chunks)
+
+            mosaic.by_one_warp(copy)
 
         pl.when(wg < 2)(consume)
         pl.when(wg == 2)(produce)
@@ -215,11 +228,11 @@ def linear_channel_scan(
         outputs.append(jax.ShapeDtypeStruct(kept, dtype))
     return mosaic.call(
         body,
-        (*inputs.values(), state, scale),
+        (*inputs.values(), state, scale, Decays.ones(dtype)),
         tuple(outputs),
         scratch=[
             *Stream.scratch(buffers),
-            tiled((2, CHUNK, size)),
+            *Decays.scratch(tiled, size),
             tiled((2, CHUNK, channels)),
             tiled((2, CHUNK, CHUNK)),
             tiled((size, value_size)),
@@ -252,8 +265,27 @@ class Decays:
     In two parts, which products can read and which add up to the float32 ones.
     """
 
-    def __init__(self, ref):
+    def __init__(self, ref, ones_ref, here):
         self._parts = ref.at[0], ref.at[1]
+        self._ones, self._here = ones_ref, here
+
+    @staticmethod
+    def scratch(tiled, size) -> list:
+        """What it is made of, by a function of a shape."""
+        return [tiled((2, CHUNK, size)), tiled((8, CHUNK)), plgpu.Barrier()]
+
+    @staticmethod
+    def ones(dtype) -> np.ndarray:
+        """What `fetch` takes from memory."""
+        return np.ones((8, CHUNK), dtype)
+
+    def fetch(self, ones):
+        """To be called by the copying warp, before all else."""
+        plgpu.copy_gmem_to_smem(ones, self._ones, self._here)
+
+    def wait(self):
+        """To be called by the others."""
+        plgpu.barrier_wait(self._here)
 
     def take(self, log_decay, channels):
         """Those of these channels, of natural logarithms in shared memory."""
@@ -273,8 +305,12 @@ class Decays:
 
     def across(self, channels):
         """By what all tokens decay these channels, a row of a state each."""
-        parts = (mosaic.load_transposed(part.at[:, channels]) for part in self._parts)
-        return jnp.exp2(sum(part.astype(jnp.float32).sum(axis=1) for part in parts))
+        first = mosaic.again(jnp.int32(channels.start))
+        channels = pl.ds(first, channels.size)
+        # A product sums faster than registers do; its columns are the same.
+        parts = (mosaic.transposed(part.at[:, channels]) for part in self._parts)
+        ones = mosaic.transposed(self._ones)
+        return jnp.exp2(mosaic.sum_of_products(*((x, ones) for x in parts)).max(axis=1))
 
 
 class Pair:
@@ -288,7 +324,7 @@ class Pair:
 
     def right(self, shape):
         """Whether a row's token is in a right block."""
-        return (mosaic.along(_indices(0), 0, shape) >> self._n) & 1 == 1
+        return mosaic.along((_indices(0) >> self._n) & 1 == 1, 0, shape)
 
     def decay(self, decays: Decays, channels):
         """Of each token from the middle on, or up to there."""
@@ -296,19 +332,24 @@ class Pair:
         until = jnp.where(self.right(i.shape), j <= i, j > i)
         return decays.over(until & (self._apart() == 0), channels)
 
+    def together(self):
+        """Whether a row's token and a column's are in the same pair."""
+        i, j = (index >> self._n + 1 for index in tokens())
+        return i == j
+
     def between(self, x):
         """A matrix where its rows and columns are on two sides of a middle, else 0."""
         return jnp.where(self._apart() == 1, x, jnp.zeros_like(x))
+
+    def _apart(self):
+        """0 for tokens of one block, 1 for those of two in a pair."""
+        i, j = (index >> self._n for index in tokens())
+        return i ^ j
 
     def products(self, x, x_s):
         """Inner products of tokens in registers and in memory, across the middle."""
         p = mosaic.full((CHUNK, CHUNK), 0.0, TILE)
         return self.between(mosaic.accumulated(p, x, mosaic.transposed(x_s)))
-
-    def _apart(self):
-        """0 for tokens of one block, 1 for those of two in a pair."""
-        i, j = tokens()
-        return (i >> self._n) ^ (j >> self._n)
 
 
 def tokens():

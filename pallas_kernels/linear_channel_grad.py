@@ -83,14 +83,14 @@ def linear_channel_grad(
 
     def body(*refs):
         tokens_g = dict(zip(inputs, refs, strict=False))
-        log_decay_g, d_last_g, scale_g, *rest = refs[len(inputs) :]
+        log_decay_g, d_last_g, scale_g, ones_g, *rest = refs[len(inputs) :]
         d_query_g, d_key_g, d_value_g, d_decay_g, d_first_g, *rest = rest
         stream, rest = Stream.of(tuple(inputs), rest)
         tokens_s, fulls, frees = stream
         arriving, local = Stream.of(("log_decay",), rest)
-        decays_s, weighed_s, change_s, scores_s, d_state_s, across_s, *barriers = local
+        decays, local = Decays(*local[:3]), local[3:]
+        weighed_s, change_s, scores_s, d_state_s, across_s, *barriers = local
         summed, met, written = barriers
-        decays = Decays(decays_s)
         h, b = (lax.axis_index(axis) for axis in ("h", "b"))
         wg = lax.axis_index("wg")
 
@@ -122,8 +122,9 @@ def linear_channel_grad(
                 x_s = weighed_s.at[me, lax.rem(n, jnp.int32(2))]
                 decay = pair.decay(decays, part)
                 right = pair.right(decay.shape)
-                q, k = load(q_s.at[:, part]) * scale, load(k_s.at[:, part])
-                x = (jnp.where(right, q, k) * decay).astype(dtype)
+                q, k = (mosaic.load(x.at[:, part], TILE) for x in (q_s, k_s))
+                x = jnp.where(right, q, k).astype(jnp.float32) * decay
+                x = (x * jnp.where(right, scale, 1.0)).astype(dtype)
                 x_s[...] = x
                 plgpu.commit_smem()
                 p = p + pair.products(x, x_s)
@@ -253,7 +254,8 @@ def linear_channel_grad(
                 before = []
                 for tile, x in zip(tiles, d_state, strict=True):
                     x = x * mosaic.along(decays.across(tile), 0, x.shape)
-                    q = mosaic.load_transposed(q_s.at[:, tile])
+                    first = mosaic.again(jnp.int32(tile.start))
+                    q = mosaic.transposed(q_s.at[:, pl.ds(first, ROWS)])
                     before.append(mosaic.accumulated(x, q, do_s.at[:, own]))
                 for name in ("query", "d_out", "states"):
                     plgpu.barrier_arrive(frees[name].at[0])
@@ -267,6 +269,7 @@ def linear_channel_grad(
                 plgpu.barrier_arrive(frees["value"].at[0])
                 return tuple(before)
 
+            decays.wait()
             own = columns_of(wg)
             d_state = tuple(
                 mosaic.load(d_last_g.at[b, h, tile, own], TILE) for tile in tiles
@@ -293,6 +296,8 @@ def linear_channel_grad(
                 return log_decay_g.at[b, rows, h, both]
 
             def copy():
+                decays.fetch(ones_g)
+
                 # Decays come part by part: the first while the chunk before is at work.
                 @pl.loop(0, chunks)
                 def _(n):
@@ -317,7 +322,7 @@ def linear_channel_grad(
     like = lambda *shape: jax.ShapeDtypeStruct((batch, length, heads, *shape), dtype)
     return mosaic.call(
         body,
-        (*inputs.values(), log_decay, d_last, scale),
+        (*inputs.values(), log_decay, d_last, scale, Decays.ones(dtype)),
         (
             like(size),
             like(size),
@@ -330,7 +335,7 @@ def linear_channel_grad(
                 {name: tiled((stages, *shape)) for name, shape in shapes.items()}
             ),
             *Stream.scratch({"log_decay": staged(log_decay, 2 * _PART, _PART)}),
-            tiled((2, CHUNK, size)),
+            *Decays.scratch(tiled, size),
             tiled((2, 2, CHUNK, _PART)),
             mosaic.tiled((2, 2, CHUNK, _PART), jnp.bfloat16),
             tiled((2, CHUNK, CHUNK)),

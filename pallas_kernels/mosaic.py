@@ -221,6 +221,22 @@ def product(a, b, *, after=lambda: None):
     return pl.run_scoped(issue, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
 
 
+def sum_of_products(*pairs):
+    """The sum of `a b` for pairs in shared memory."""
+    if interpreted():
+        result = sum(plain(a) @ plain(b) for a, b in pairs)
+        plgpu.commit_smem()
+        return result
+
+    def issue(acc):
+        for a, b in pairs:
+            plgpu.wgmma(acc, a, b)
+        return acc[...]
+
+    (a, b), *_ = pairs
+    return pl.run_scoped(issue, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+
+
 def accumulated(acc, a, *bs):
     """`acc + a b` for each `b`, for registers `a` and shared memory `bs`."""
     if interpreted():
