@@ -46,6 +46,7 @@ CASES = {
     ),
     "normalized": (2, 1, 200, 64, 64, "head", {"normalize": True}),
     "normalized, by token": (1, 1, 256, 128, 64, "token", {"normalize": True}),
+    "normalized, forgetting": (1, 1, 128, 64, 64, "strong", {"normalize": True}),
 }
 # In pieces, which may leave out what they forget.
 IN_PIECES = ["per head, ragged", "per token", "normalized"]

@@ -248,30 +248,43 @@ def _of_decay(sums, changes, after):
 def _normalized(pieces, query, key, value, scale, log_decay, initial_state):
     """The same, divided by the sums of weights; states have a last column for those."""
     operands = query, key, value, scale, log_decay, initial_state
-    return _forward_normalized(pieces, *operands)[0]
+    return _outputs_normalized(pieces, *operands)[0]
 
 
-def _forward_normalized(pieces, query, key, value, scale, log_decay, initial_state):
+def _forward_normalized(pieces, *operands):
+    outputs, (entering, total, rows, rest) = _outputs_normalized(
+        pieces, *operands, keep_rest=True
+    )
+    return outputs, (*operands[:5], entering, outputs[0], rest, total, rows)
+
+
+def _outputs_normalized(
+    pieces, query, key, value, scale, log_decay, initial_state, *, keep_rest=False
+):
     decay = _decay(log_decay, scale)
     entering = _entering(pieces, (key, value), initial_state, decay, counted=True)
     states, counted = _parted(entering)
-    out, leaving, sums, total, rows = _scan(
-        (query, key, value), states, decay, counted=counted, pieces=pieces
+    out, leaving, sums, total, rows, *rest = _scan(
+        *((query, key, value), states, decay),
+        counted=counted,
+        pieces=pieces,
+        keep_rest=keep_rest,
     )
     last = jnp.concatenate([leaving, sums[..., None]], -1)[:, :, -1]
-    residuals = query, key, value, scale, log_decay, entering, out, total, rows
-    return (out, last), residuals
+    return (out, last), (entering, total, rows, *rest)
 
 
 def _backward_normalized(pieces, residuals, cotangents):
     """Gradients of sums, values with a column of ones, and of their quotient."""
-    query, key, value, scale, log_decay, entering, out, total, rows = residuals
+    query, key, value, scale, log_decay, entering, out, rest, total, rows = residuals
     d_out, d_last = cotangents
     decay = _decay(log_decay, scale)
     shares = jnp.swapaxes(inverse(total), 1, 2)
     d_sum = (d_out * shares[..., None]).astype(value.dtype)
-    # Of what was rounded, for the two gradients nearly cancel.
-    delta = jnp.sum(d_sum.astype(jnp.float32) * out, -1)
+    # Of rounded gradients but of whole outputs: their products with values, less this,
+    # are what queries get, and where few tokens weigh most that is little.
+    whole = out.astype(jnp.float32) + rest
+    delta = jnp.sum(d_sum.astype(jnp.float32) * whole, -1)
     d_total = -jnp.swapaxes(delta, 1, 2)
     states, _ = _parted(entering)
     d_query, _ = _scan(
