@@ -43,25 +43,36 @@ class Stream(NamedTuple):
         stream = cls(*(dict(zip(names, part, strict=True)) for part in parts))
         return stream, refs[3 * count :]
 
-    def copy(self, source, chunks, stages):
+    def copy(self, source, chunks):
         """Copies `source(name, n)` for each chunk, as room comes free."""
 
         @pl.loop(0, chunks)
         def _(n):
+            self.fetch(source, n)
+
+        self.drain(chunks)
+
+    def fetch(self, source, n):
+        """Copies `source(name, n)`, once there is room for it."""
+        for name, tokens in self.tokens.items():
+            stages = tokens.shape[0]
             slot = lax.rem(n, jnp.int32(stages))
-            for name, tokens in self.tokens.items():
 
-                @pl.when(n >= stages)
-                def _(free=self.free[name]):
-                    plgpu.barrier_wait(free.at[slot])
+            @pl.when(n >= stages)
+            def _(free=self.free[name], slot=slot):
+                plgpu.barrier_wait(free.at[slot])
 
-                plgpu.copy_gmem_to_smem(
-                    source(name, n), tokens.at[slot], self.full[name].at[slot]
-                )
+            plgpu.copy_gmem_to_smem(
+                source(name, n), tokens.at[slot], self.full[name].at[slot]
+            )
 
-        @pl.loop(chunks - stages, chunks)
-        def _(n):
-            for free in self.free.values():
+    def drain(self, chunks):
+        """Waits until all `chunks` that were fetched have been read."""
+        for name, tokens in self.tokens.items():
+            stages = tokens.shape[0]
+
+            @pl.loop(chunks - stages, chunks)
+            def _(n, free=self.free[name], stages=stages):
                 plgpu.barrier_wait(free.at[lax.rem(n, jnp.int32(stages))])
 
 

@@ -86,6 +86,7 @@ def linear_scan(
     pieces: int,
     transposed: bool = False,
     keep_states: bool = False,
+    keep_rest: bool = False,
     return_state: bool = True,
 ) -> tuple:
     """`sum_j weight(i, j) (query_i . key_j) value_j` over the tokens j up to i.
@@ -106,6 +107,7 @@ def linear_scan(
       transposed: sums over the tokens from i on; states enter from the right.
       keep_states: also returns the states that enter the chunks. For H V of at most
         `128 * 128`.
+      keep_rest: also returns what rounding took from the sums, in value's dtype.
       return_state: whether what leaves each piece is wanted; if not, None is in its
         place.
 
@@ -113,7 +115,8 @@ def linear_scan(
       The sums `[B, T, N, V]`, in value's dtype, and what leaves each piece, as `state`.
       With `counted` also the sums that leave each piece, and with queries too the
       denominators `[B, N, T]` and the sums that enter each chunk `[B, N, chunks, H]`.
-      With `keep_states` also the states, `[B, N, chunks, H, V]` in value's dtype.
+      With `keep_states` also the states, `[B, N, chunks, H, V]` in value's dtype, and
+      last with `keep_rest` what it says.
     """
     _, heads, served, size, value_size = state.shape
     batch, length, dtype = *key.shape[:2], key.dtype
@@ -162,6 +165,8 @@ def linear_scan(
             total_g, entered_g, *rest = rest
         if keep_states:
             states_g, *rest = rest
+        if keep_rest:
+            rest_g, *rest = rest
         stream, local = Stream.of(tuple(buffers), rest)
         tokens_s, fulls, frees = stream
         state_s, sums_s, out_s, read, written = local
@@ -201,10 +206,11 @@ def linear_scan(
                 scores = mosaic.product(q, mosaic.transposed(tokens_s["key"].at[slot]))
                 if offset:
                     scores = scores + mosaic.along(number(), 0, scores.shape)
-                p = scores * weights.within(first_row, (ROWS, CHUNK))
-                if divides:
-                    total = p.sum(axis=1)
-                p = p.astype(dtype)
+                p = mosaic.rounded(
+                    scores * weights.within(first_row, (ROWS, CHUNK)), dtype
+                )
+                if divides:  # Of what is multiplied: a token that is alone comes out.
+                    total = p.astype(jnp.float32).sum(axis=1)
                 entering = weights.entering(first_row, ROWS)
                 if divides:
                     total = total + entering * held.seen(q)
@@ -234,10 +240,14 @@ def linear_scan(
                 staged = (tokens_s["query"].at[slot] if alone else out_s).at[rows]
                 if not alone:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                staged[...] = out.astype(dtype)
+                rounded = mosaic.rounded(out, dtype)
+                staged[...] = rounded
                 plgpu.commit_smem()
                 rows = pl.ds(chunk * CHUNK + first_row, ROWS)
                 place = (b, rows, h, pl.ds(first_column, columns))
+                if keep_rest:
+                    left = out - rounded.astype(jnp.float32)
+                    rest_g.at[*place][...] = left.astype(dtype)
                 plgpu.copy_smem_to_gmem(staged, out_g.at[*place])
                 if alone:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -302,7 +312,7 @@ def linear_scan(
                     return gmem.at[b, tokens, head, pl.ds(first_column, columns)]
                 return gmem.at[b, tokens, head]
 
-            mosaic.by_one_warp(lambda: stream.copy(source, chunks - first, stages))
+            mosaic.by_one_warp(lambda: stream.copy(source, chunks - first))
 
         pl.when(wg < 2)(consume)
         pl.when(wg == 2)(produce)
@@ -332,6 +342,8 @@ def linear_scan(
     if keep_states:
         kept = (batch, heads, length // CHUNK, size, value_size)
         outputs.append(jax.ShapeDtypeStruct(kept, dtype))
+    if keep_rest:
+        outputs.append(outputs[0])
     results = mosaic.call(
         body,
         (*inputs.values(), state, *decay, *numbers, *others, *skipped),

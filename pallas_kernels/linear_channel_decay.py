@@ -18,14 +18,17 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels import mosaic
 from pallas_kernels.chunks import Stream, row_of
-from pallas_kernels.mosaic import TILE
+from pallas_kernels.mosaic import LOG2E, TILE
 
 CHUNK = 64
 LEVELS = 6  # CHUNK is 2 to it.
+# A logarithm below which float32 knows no weight: 2^-184 is 0.
+LEAST = -184.0
 # Rows of the state in one tile.
 ROWS = 64
 
@@ -34,8 +37,7 @@ def linear_channel_scan(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    high: jax.Array,
-    low: jax.Array,
+    log_decay: jax.Array,
     state: jax.Array,
     scale: jax.Array,
     *,
@@ -47,8 +49,7 @@ def linear_channel_scan(
       query: `[B, T, N, H]`, T a multiple of `CHUNK`, H 64 or 128.
       key: `[B, T, K, H]`.
       value: `[B, T, K, V]`, V 64 or 128.
-      high: base-2 logarithm of the decays, `[B, T, N, H]`; see `in_two`.
-      low: what rounding left of it.
+      log_decay: natural logarithm of the decays, `[B, T, N, H]`.
       state: the one before the first token, float32 `[B, N, H, V]`.
       scale: on the queries, float32 `[1]`, or `[B]`.
       keep_states: also returns the states that enter the chunks, `[B, N, chunks, H, V]`
@@ -60,47 +61,65 @@ def linear_channel_scan(
     columns, channels = value_size // 2, size // 2
     tiles = [pl.ds(row, ROWS) for row in range(0, size, ROWS)]
     stages = min(2, chunks)
-    inputs = {"query": query, "key": key, "value": value, "high": high, "low": low}
+    ahead = {"query": query, "key": key, "value": value}
+    inputs = {**ahead, "log_decay": log_decay}
 
     def body(*refs):
         tokens_g = dict(zip(inputs, refs, strict=False))
-        state_g, scale_g, out_g, last_g, *rest = refs[len(inputs) :]
+        state_g, scale_g, ones_g, out_g, last_g, *rest = refs[len(inputs) :]
         if keep_states:
             states_g, *rest = rest
         stream, local = Stream.of(tuple(inputs), rest)
         tokens_s, fulls, frees = stream
+        decays, local = Decays(*local[:3]), local[3:]
         weighed_s, scores_s, state_s, met, written = local
         h, b = (lax.axis_index(axis) for axis in ("h", "b"))
         wg = lax.axis_index("wg")
 
         def consume():
             plgpu.set_max_registers(240, action="increase")
-            own = pl.ds(wg * columns, columns)
-            part = pl.ds(wg * channels, channels)
             scale = scale_g[row_of(scale_g, b)]
-            weighed = weighed_s.at[wg]
 
-            def scores(q, k, decays):
+            def own_columns():
+                """This warpgroup's columns of values."""
+                return pl.ds(mosaic.again(wg) * columns, columns)
+
+            def own_part():
+                """This warpgroup's channels."""
+                return pl.ds(mosaic.again(wg) * channels, channels)
+
+            def scores(q_s, k_s):
                 """What these channels add to the scores."""
 
+                part, weighed = own_part(), weighed_s.at[mosaic.again(wg)]
+                own_q, own_k = q_s.at[:, part], k_s.at[:, part]
+
                 def level(n, p):
-                    pair = Pair(n)
+                    # From the widest pair on: what it has wrong inside of blocks is
+                    # replaced by the next.
+                    pair = Pair(LEVELS - 1 - n)
                     decay = pair.decay(decays, part)
-                    x = jnp.where(pair.right(decay.shape), load(q), load(k)) * decay
-                    x = x.astype(dtype)
+                    q, k = mosaic.load(own_q, TILE), mosaic.load(own_k, TILE)
+                    x = jnp.where(pair.right(decay.shape), q, k).astype(jnp.float32)
+                    x = (x * decay).astype(dtype)
                     plgpu.commit_smem()  # All have read what was there.
                     weighed[...] = x
                     plgpu.commit_smem()
-                    return p + pair.products(x, weighed)
+                    product = mosaic.full((CHUNK, CHUNK), 0.0, TILE)
+                    product = mosaic.accumulated(product, x, mosaic.transposed(weighed))
+                    return jnp.where(pair.together(), product, p)
 
-                return lax.fori_loop(0, LEVELS, level, itself(load(q) * load(k)))
+                p = mosaic.full((CHUNK, CHUNK), 0.0, TILE)
+                p = lax.fori_loop(0, LEVELS, level, p)
+                i, j = tokens()
+                return jnp.where(i == j, itself(load(own_q) * load(own_k)), p)
 
-            def after(state, k, v, decays):
+            def after(state, k, v):
                 """What leaves the chunk."""
                 left = []
                 for tile, old in zip(tiles, state, strict=True):
                     old = old * mosaic.along(decays.across(tile), 0, old.shape)
-                    keys = mosaic.load_transposed(k.at[:, tile])
+                    keys = mosaic.transposed(k.at[:, tile])
                     left.append(mosaic.accumulated(old, keys, v))
                 return tuple(left)
 
@@ -111,7 +130,12 @@ def linear_channel_scan(
                 def _():
                     plgpu.copy_smem_to_gmem(smem, gmem)
 
+            def release_values(n):
+                """When the output that took their place has been copied."""
+                plgpu.barrier_arrive(frees["value"].at[lax.rem(n, jnp.int32(stages))])
+
             def publish(state):
+                own = own_columns()
                 for tile, x in zip(tiles, state, strict=True):
                     state_s.at[tile, own][...] = x.astype(dtype)
                 plgpu.commit_smem()
@@ -122,46 +146,55 @@ def linear_channel_scan(
                 slot = lax.rem(n, jnp.int32(stages))
                 if keep_states:
                     copy(state_s, states_g.at[b, h, n])
-                for name in fulls:
+                plgpu.barrier_wait(fulls["log_decay"].at[0])
+                part = own_part()
+                decays.take(tokens_s["log_decay"].at[0, :, part], part)
+                plgpu.barrier_arrive(frees["log_decay"].at[0])
+                q, k, v = (tokens_s[name].at[slot] for name in ahead)
+                for name in ahead:
                     plgpu.barrier_wait(fulls[name].at[slot])
-                q, k, v, *both = (tokens_s[name].at[slot] for name in inputs)
-                own_q, own_k = q.at[:, part], k.at[:, part]
-                decays = Decays(*both)
                 i, j = tokens()
-                p = scores(own_q, own_k, decays)
-                scores_s.at[wg][...] = jnp.where(j <= i, p, 0.0).astype(dtype)
+                p = scores(q, k)
+                part = own_part()
+                own_q, own_k = q.at[:, part], k.at[:, part]
+                scores_s.at[mosaic.again(wg)][...] = jnp.where(j <= i, p, 0.0).astype(
+                    dtype
+                )
                 # Queries and keys give way to what the states are to them.
                 own_q[...] = (load(own_q) * decays.over(j <= i, part)).astype(dtype)
                 own_k[...] = (load(own_k) * decays.over(j > i, part)).astype(dtype)
                 plgpu.commit_smem()
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                pl.when(n > 0)(lambda: release_values(n - 1))
                 plgpu.barrier_arrive(met)
                 plgpu.barrier_wait(met)
+                own = own_columns()
                 out = mosaic.full((CHUNK, columns), 0.0, TILE)
                 for one in range(2):
                     out = mosaic.accumulated(out, scores_s.at[one], v.at[:, own])
                 out = mosaic.accumulated(out, q, state_s.at[:, own])
                 plgpu.barrier_arrive(frees["query"].at[slot])
-                state = after(state, k, v.at[:, own], decays)
-                for name in ("key", "high", "low"):
-                    plgpu.barrier_arrive(frees[name].at[slot])
+                state = after(state, k, v.at[:, own])
+                plgpu.barrier_arrive(frees["key"].at[slot])
                 # The values have been read: their place takes the output.
                 plgpu.commit_smem()
                 v.at[:, own][...] = (out * scale).astype(dtype)
                 publish(state)
                 copy(v, out_g.at[b, pl.ds(n * CHUNK, CHUNK), h])
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                plgpu.barrier_arrive(frees["value"].at[slot])
                 return state
 
+            decays.wait()
+            own = own_columns()
             state = tuple(
                 mosaic.load(state_g.at[b, h, tile, own], TILE) for tile in tiles
             )
             publish(state)
             state = lax.fori_loop(0, chunks, step, state)
+            own = own_columns()
             for tile, x in zip(tiles, state, strict=True):
                 last_g.at[b, h, tile, own][...] = x
             plgpu.wait_smem_to_gmem(0)
+            release_values(jnp.int32(chunks - 1))
 
         def produce():
             plgpu.set_max_registers(24, action="decrease")
@@ -171,7 +204,11 @@ def linear_channel_scan(
                 head = lax.div(h, jnp.int32(heads // gmem.shape[2]))
                 return gmem.at[b, pl.ds(n * CHUNK, CHUNK), head]
 
-            mosaic.by_one_warp(lambda: stream.copy(source, chunks, stages))
+            def copy():
+                decays.fetch(ones_g)
+                stream.copy(source, chunks)
+
+            mosaic.by_one_warp(copy)
 
         pl.when(wg < 2)(consume)
         pl.when(wg == 2)(produce)
@@ -179,6 +216,9 @@ def linear_channel_scan(
     # One swizzle for all, since products take no two.
     swizzle = mosaic.swizzle_of(min(channels, columns), dtype)
     tiled = functools.partial(mosaic.tiled, dtype=dtype, swizzle=swizzle)
+    buffers = {name: tiled((stages, CHUNK, x.shape[-1])) for name, x in ahead.items()}
+    # Parted as soon as they come, and then the next may come.
+    buffers["log_decay"] = staged(log_decay, size, channels)
     outputs = [
         jax.ShapeDtypeStruct((batch, length, heads, value_size), dtype),
         jax.ShapeDtypeStruct(state.shape, jnp.float32),
@@ -188,15 +228,11 @@ def linear_channel_scan(
         outputs.append(jax.ShapeDtypeStruct(kept, dtype))
     return mosaic.call(
         body,
-        (*inputs.values(), state, scale),
+        (*inputs.values(), state, scale, Decays.ones(dtype)),
         tuple(outputs),
         scratch=[
-            *Stream.scratch(
-                {
-                    name: tiled((stages, CHUNK, x.shape[-1]))
-                    for name, x in inputs.items()
-                }
-            ),
+            *Stream.scratch(buffers),
+            *Decays.scratch(tiled, size),
             tiled((2, CHUNK, channels)),
             tiled((2, CHUNK, CHUNK)),
             tiled((size, value_size)),
@@ -211,19 +247,54 @@ def linear_channel_scan(
     )
 
 
-def in_two(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
-    """Two arrays of a dtype that products can read, which add up to float32 `x`."""
-    info = jnp.finfo(dtype)
-    # XLA would drop a conversion there and back.
-    high = lax.reduce_precision(x, info.nexp, info.nmant)
-    return high.astype(dtype), (x - high).astype(dtype)
+def staged(log_decay: jax.Array, size: int, part: int):
+    """Room for a chunk's log decays of `size` channels, read by `part`."""
+    swizzle = mosaic.swizzle_of(part, log_decay.dtype)
+    return mosaic.tiled((1, CHUNK, size), log_decay.dtype, swizzle)
+
+
+def in_two(x, dtype):
+    """Two tiles of a dtype that products can read, which add up to float32 `x`."""
+    high = mosaic.rounded(x, dtype)
+    return high, (x - high.astype(jnp.float32)).astype(dtype)
 
 
 class Decays:
-    """Log decays of a chunk's tokens by channel, in shared memory, in two parts."""
+    """Base-2 log decays of a chunk's tokens by channel, in shared memory.
 
-    def __init__(self, high, low):
-        self._parts = high, low
+    In two parts, which products can read and which add up to the float32 ones.
+    """
+
+    def __init__(self, ref, ones_ref, here):
+        self._parts = ref.at[0], ref.at[1]
+        self._ones, self._here = ones_ref, here
+
+    @staticmethod
+    def scratch(tiled, size) -> list:
+        """What it is made of, by a function of a shape."""
+        return [tiled((2, CHUNK, size)), tiled((8, CHUNK)), plgpu.Barrier()]
+
+    @staticmethod
+    def ones(dtype) -> np.ndarray:
+        """What `fetch` takes from memory."""
+        return np.ones((8, CHUNK), dtype)
+
+    def fetch(self, ones):
+        """To be called by the copying warp, before all else."""
+        plgpu.copy_gmem_to_smem(ones, self._ones, self._here)
+
+    def wait(self):
+        """To be called by the others."""
+        plgpu.barrier_wait(self._here)
+
+    def take(self, log_decay, channels):
+        """Those of these channels, of natural logarithms in shared memory."""
+        x = jnp.maximum(load(log_decay) * LOG2E, LEAST)
+        for part, half in zip(
+            self._parts, in_two(x, self._parts[0].dtype), strict=True
+        ):
+            part.at[:, channels][...] = half
+        plgpu.commit_smem()
 
     def over(self, which, channels):
         """By what the tokens `which`, a row for each token, decay these channels."""
@@ -234,8 +305,12 @@ class Decays:
 
     def across(self, channels):
         """By what all tokens decay these channels, a row of a state each."""
-        parts = (mosaic.load_transposed(part.at[:, channels]) for part in self._parts)
-        return jnp.exp2(sum(part.astype(jnp.float32).sum(axis=1) for part in parts))
+        first = mosaic.again(jnp.int32(channels.start))
+        channels = pl.ds(first, channels.size)
+        # A product sums faster than registers do; its columns are the same.
+        parts = (mosaic.transposed(part.at[:, channels]) for part in self._parts)
+        ones = mosaic.transposed(self._ones)
+        return jnp.exp2(mosaic.sum_of_products(*((x, ones) for x in parts)).max(axis=1))
 
 
 class Pair:
@@ -249,7 +324,7 @@ class Pair:
 
     def right(self, shape):
         """Whether a row's token is in a right block."""
-        return (mosaic.along(_indices(0), 0, shape) >> self._n) & 1 == 1
+        return mosaic.along((_indices(0) >> self._n) & 1 == 1, 0, shape)
 
     def decay(self, decays: Decays, channels):
         """Of each token from the middle on, or up to there."""
@@ -257,19 +332,24 @@ class Pair:
         until = jnp.where(self.right(i.shape), j <= i, j > i)
         return decays.over(until & (self._apart() == 0), channels)
 
+    def together(self):
+        """Whether a row's token and a column's are in the same pair."""
+        i, j = (index >> self._n + 1 for index in tokens())
+        return i == j
+
     def between(self, x):
         """A matrix where its rows and columns are on two sides of a middle, else 0."""
         return jnp.where(self._apart() == 1, x, jnp.zeros_like(x))
+
+    def _apart(self):
+        """0 for tokens of one block, 1 for those of two in a pair."""
+        i, j = (index >> self._n for index in tokens())
+        return i ^ j
 
     def products(self, x, x_s):
         """Inner products of tokens in registers and in memory, across the middle."""
         p = mosaic.full((CHUNK, CHUNK), 0.0, TILE)
         return self.between(mosaic.accumulated(p, x, mosaic.transposed(x_s)))
-
-    def _apart(self):
-        """0 for tokens of one block, 1 for those of two in a pair."""
-        i, j = tokens()
-        return (i >> self._n) ^ (j >> self._n)
 
 
 def tokens():

@@ -7,10 +7,12 @@ once more. Right blocks get gradients of queries and left ones those of keys, an
 matrix of `d_out . value` is made symmetric, one product serves both.
 
 A channel's decay weighs all pairs of a query from its token on and a key before it, so
-its gradient is the sum of their shares of the loss. From one token to the next that
-changes by what the token has as a query less what it has as a key. Both are made of
-the same rounded numbers, so that pairs inside a chunk cancel, and at the end of each
-chunk the sum is the inner product of the state and its gradient: it cannot drift.
+its gradient is the sum of their shares of the loss. Of pairs inside a chunk, that
+changes from one token to the next by what the token has as a query less what it has as
+a key; both are made of the same rounded numbers, so that what does not belong cancels.
+The others are added up without it: queries of the chunk with keys before it, keys of
+the chunk with queries behind it, and the inner product of the state and its gradient
+for those that meet across the chunk.
 """
 
 from __future__ import annotations
@@ -31,8 +33,10 @@ from pallas_kernels.linear_channel_decay import (
     ROWS,
     Decays,
     Pair,
+    in_two,
     itself,
     load,
+    staged,
     tokens,
 )
 from pallas_kernels.mosaic import COL, TILE
@@ -45,11 +49,9 @@ def linear_channel_grad(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    high: jax.Array,
-    low: jax.Array,
+    log_decay: jax.Array,
     d_out: jax.Array,
     states: jax.Array,
-    last: jax.Array,
     d_last: jax.Array,
     scale: jax.Array,
 ) -> tuple[jax.Array, ...]:
@@ -59,51 +61,49 @@ def linear_channel_grad(
       query: `[B, T, N, H]`, T a multiple of `CHUNK`, H 64 or 128.
       key: `[B, T, K, H]`.
       value: `[B, T, K, V]`, V 64 or 128.
-      high: base-2 logarithm of the decays, `[B, T, N, H]`; see `in_two`.
-      low: what rounding left of it.
+      log_decay: natural logarithm of the decays, `[B, T, N, H]`.
       d_out: the output's cotangent, `[B, T, N, V]`.
       states: those that enter the chunks, `[B, N, chunks, H, V]`.
-      last: the state after the last token, float32 `[B, N, H, V]`.
-      d_last: its cotangent.
+      d_last: the cotangent of the state after the last token, float32 `[B, N, H, V]`.
       scale: on the queries, float32 `[1]`, or `[B]`.
 
     Returns:
       Those of query, key and value for each of the N heads, `[B, T, N, *]` in their
-      dtype, and in float32 of natural logarithms of decays, `[B, T, N, H]`, and of the
-      state, `[B, N, H, V]`.
+      dtype, of log decays in theirs, `[B, T, N, H]`, and of the state in float32,
+      `[B, N, H, V]`.
     """
-    batch, heads, size, value_size = last.shape
+    batch, heads, size, value_size = d_last.shape
     length, dtype = key.shape[1], key.dtype
     chunks = length // CHUNK
     columns, parts = value_size // 2, size // 2 // _PART
     tiles = [pl.ds(row, ROWS) for row in range(0, size, ROWS)]
     stages = 1  # All that shared memory holds.
-    inputs = {"query": query, "key": key, "value": value, "high": high, "low": low}
+    inputs = {"query": query, "key": key, "value": value}
     inputs |= {"d_out": d_out, "states": states}
 
     def body(*refs):
         tokens_g = dict(zip(inputs, refs, strict=False))
-        last_g, d_last_g, scale_g, *rest = refs[len(inputs) :]
+        log_decay_g, d_last_g, scale_g, ones_g, *rest = refs[len(inputs) :]
         d_query_g, d_key_g, d_value_g, d_decay_g, d_first_g, *rest = rest
-        stream, local = Stream.of(tuple(inputs), rest)
+        stream, rest = Stream.of(tuple(inputs), rest)
         tokens_s, fulls, frees = stream
-        weighed_s, change_s, scores_s, d_state_s, ends_s, met, written = local
+        arriving, local = Stream.of(("log_decay",), rest)
+        decays, local = Decays(*local[:3]), local[3:]
+        weighed_s, change_s, scores_s, d_state_s, across_s, *barriers = local
+        summed, met, written = barriers
         h, b = (lax.axis_index(axis) for axis in ("h", "b"))
         wg = lax.axis_index("wg")
 
         def consume():
             plgpu.set_max_registers(240, action="increase")
             scale = scale_g[row_of(scale_g, b)]
-            q_s, k_s, v_s, high_s, low_s, do_s, entering_s = (
-                tokens_s[name].at[0] for name in inputs
-            )
-            decays = Decays(high_s, low_s)
+            q_s, k_s, v_s, do_s, entering_s = (tokens_s[name].at[0] for name in inputs)
 
             def columns_of(wg):
                 return pl.ds(wg * columns, columns)
 
             def part_of(wg, n):
-                return pl.ds((wg * parts + n) * _PART, _PART)
+                return pl.ds((2 * n + wg) * _PART, _PART)
 
             def shares():
                 """Gradients of scores, in memory symmetric; returns the diagonal."""
@@ -122,8 +122,9 @@ def linear_channel_grad(
                 x_s = weighed_s.at[me, lax.rem(n, jnp.int32(2))]
                 decay = pair.decay(decays, part)
                 right = pair.right(decay.shape)
-                q, k = load(q_s.at[:, part]) * scale, load(k_s.at[:, part])
-                x = (jnp.where(right, q, k) * decay).astype(dtype)
+                q, k = (mosaic.load(x.at[:, part], TILE) for x in (q_s, k_s))
+                x = jnp.where(right, q, k).astype(jnp.float32) * decay
+                x = (x * jnp.where(right, scale, 1.0)).astype(dtype)
                 x_s[...] = x
                 plgpu.commit_smem()
                 p = p + pair.products(x, x_s)
@@ -140,15 +141,17 @@ def linear_channel_grad(
 
             def channels(n, p, rows, diagonal):
                 """The gradients of one part of the channels, and its scores."""
-                part = part_of(mosaic.again(wg), n)
+                me = mosaic.again(wg)
+                part = part_of(me, n)
                 shape = CHUNK, _PART
-                i, j = tokens()
-                own_q, own_k = q_s.at[:, part], k_s.at[:, part]
-                q, k = load(own_q) * scale, load(own_k)
-                diagonal = mosaic.along(diagonal, 0, shape)
                 # What is staged there has been copied.
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                plgpu.commit_smem()
+                plgpu.barrier_wait(arriving.full["log_decay"].at[0])
+                own = pl.ds(me * _PART, _PART)
+                decays.take(arriving.tokens["log_decay"].at[0, :, own], part)
+                plgpu.barrier_arrive(arriving.free["log_decay"].at[0])
+                q, k = load(q_s.at[:, part]) * scale, load(k_s.at[:, part])
+                diagonal = mosaic.along(diagonal, 0, shape)
                 none = mosaic.full(shape, 0.0, TILE)
                 p, d_query, d_key, change = lax.fori_loop(
                     0,
@@ -156,49 +159,62 @@ def linear_channel_grad(
                     functools.partial(level, part=n),
                     (p + itself(q * k), diagonal * k, diagonal * q, none),
                 )
+
+                def write(slot, grad, grad_g, change):
+                    """A gradient to where it belongs, and `change` for a product."""
+                    plgpu.commit_smem()  # All have read what was there.
+                    for half, x in enumerate(in_two(change, jnp.bfloat16)):
+                        change_s.at[me, half][...] = x
+                    weighed_s.at[me, slot][...] = grad.astype(dtype)
+                    plgpu.commit_smem()
+                    place = grad_g.at[b, rows, h, part]
+                    plgpu.copy_smem_to_gmem(weighed_s.at[me, slot], place)
+
+                def added(d_decay, which):
+                    """With the sums of `change` over the tokens `which`, a row each."""
+                    which = jnp.where(which, 1.0, 0.0).astype(jnp.bfloat16)
+                    halves = (change_s.at[me, half] for half in range(2))
+                    return mosaic.accumulated(d_decay, which, *halves)
+
                 # Queries and keys give way to what the states are to them.
-                me = mosaic.again(wg)
+                me, n = mosaic.again(wg), mosaic.again(n)
                 part = part_of(me, n)
                 own_q, own_k = q_s.at[:, part], k_s.at[:, part]
+                i, j = tokens()
                 decay = decays.over(j <= i, part)
                 seen = mosaic.product(do_s, mosaic.transposed(entering_s.at[part]))
                 q = (load(own_q) * scale * decay).astype(dtype)
                 own_q[...] = q
-                d_query = d_query + seen * decay
                 change = change + q.astype(jnp.float32) * seen
+                write(0, (d_query + seen * decay) * scale, d_query_g, change)
+                across = sum(mosaic.load(across_s.at[one, part], COL) for one in (0, 1))
+                d_decay = mosaic.along(across, 1, shape) * decay
+                i, j = tokens()
                 decay = decays.over(j > i, part)
+                d_decay = added(d_decay * decay, j >= i)
                 seen = mosaic.product(v_s, mosaic.transposed(d_state_s.at[part]))
                 k = (load(own_k) * decay).astype(dtype)
                 own_k[...] = k
-                d_key = d_key + seen * decay
-                change = change - k.astype(jnp.float32) * seen
-                plgpu.commit_smem()
-                high, low = change_s.at[me, 0], change_s.at[me, 1]
-                rounded = change.astype(jnp.bfloat16)
-                high[...] = rounded
-                low[...] = (change - rounded.astype(jnp.float32)).astype(jnp.bfloat16)
-                for slot, grad in enumerate((d_query * scale, d_key)):
-                    weighed_s.at[me, slot][...] = grad.astype(dtype)
-                plgpu.commit_smem()
-                for slot, grad_g in enumerate((d_query_g, d_key_g)):
-                    place = grad_g.at[b, rows, h, part]
-                    plgpu.copy_smem_to_gmem(weighed_s.at[me, slot], place)
-                later = jnp.where(j >= i, 1.0, 0.0).astype(jnp.bfloat16)
-                end = sum(mosaic.load(ends_s.at[one, part], COL) for one in range(2))
-                d_decay = mosaic.along(end, 1, shape)
-                d_decay = mosaic.accumulated(d_decay, later, high, low)
-                d_decay_g.at[b, rows, h, part][...] = d_decay
+                write(1, d_key + seen * decay, d_key_g, k.astype(jnp.float32) * seen)
+                i, j = tokens()
+                d_decay = added(d_decay, j < i)
+                d_decay_g.at[b, rows, h, part][...] = d_decay.astype(log_decay.dtype)
                 return p
 
-            def publish(d_state, state_ref):
-                """For both to read; `ends_s` becomes the sum at that place."""
+            def meet_across(d_state):
+                """Inner products of the states at the chunk's two ends."""
                 me = mosaic.again(wg)
-                own = columns_of(me)
+                for tile, x in zip(tiles, d_state, strict=True):
+                    state = load(entering_s.at[tile, columns_of(me)])
+                    across_s.at[me, tile][...] = (x * state).sum(axis=1)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(summed)
+
+            def publish(d_state):
+                """For both to read."""
+                own = columns_of(mosaic.again(wg))
                 for tile, x in zip(tiles, d_state, strict=True):
                     d_state_s.at[tile, own][...] = x.astype(dtype)
-                    state = mosaic.load(state_ref.at[tile, own], TILE)
-                    ends = (x * state.astype(jnp.float32)).sum(axis=1)
-                    ends_s.at[me, tile][...] = ends
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(written)
                 plgpu.barrier_wait(written)
@@ -208,7 +224,9 @@ def linear_channel_grad(
                 rows = pl.ds(chunk * CHUNK, CHUNK)
                 for name in fulls:
                     plgpu.barrier_wait(fulls[name].at[0])
+                meet_across(d_state)
                 diagonal = shares()
+                plgpu.barrier_wait(summed)
                 p = lax.fori_loop(
                     0,
                     parts,
@@ -236,12 +254,12 @@ def linear_channel_grad(
                 before = []
                 for tile, x in zip(tiles, d_state, strict=True):
                     x = x * mosaic.along(decays.across(tile), 0, x.shape)
-                    q = mosaic.load_transposed(q_s.at[:, tile])
+                    first = mosaic.again(jnp.int32(tile.start))
+                    q = mosaic.transposed(q_s.at[:, pl.ds(first, ROWS)])
                     before.append(mosaic.accumulated(x, q, do_s.at[:, own]))
-                for name in ("query", "high", "low", "d_out"):
+                for name in ("query", "d_out", "states"):
                     plgpu.barrier_arrive(frees[name].at[0])
-                publish(before, entering_s)
-                plgpu.barrier_arrive(frees["states"].at[0])
+                publish(before)
 
                 @pl.when(wg == 0)
                 def _():
@@ -251,11 +269,12 @@ def linear_channel_grad(
                 plgpu.barrier_arrive(frees["value"].at[0])
                 return tuple(before)
 
+            decays.wait()
             own = columns_of(wg)
             d_state = tuple(
                 mosaic.load(d_last_g.at[b, h, tile, own], TILE) for tile in tiles
             )
-            publish(d_state, last_g.at[b, h])
+            publish(d_state)
             d_state = lax.fori_loop(0, chunks, step, d_state)
             for tile, x in zip(tiles, d_state, strict=True):
                 d_first_g.at[b, h, tile, own][...] = x
@@ -271,7 +290,26 @@ def linear_channel_grad(
                 head = lax.div(h, jnp.int32(heads // gmem.shape[2]))
                 return gmem.at[b, pl.ds(chunk * CHUNK, CHUNK), head]
 
-            mosaic.by_one_warp(lambda: stream.copy(source, chunks, stages))
+            def decays_of(_, n):
+                rows = pl.ds((chunks - 1 - lax.div(n, jnp.int32(parts))) * CHUNK, CHUNK)
+                both = pl.ds(lax.rem(n, jnp.int32(parts)) * 2 * _PART, 2 * _PART)
+                return log_decay_g.at[b, rows, h, both]
+
+            def copy():
+                decays.fetch(ones_g)
+
+                # Decays come part by part: the first while the chunk before is at work.
+                @pl.loop(0, chunks)
+                def _(n):
+                    arriving.fetch(decays_of, n * parts)
+                    stream.fetch(source, n)
+                    for part in range(1, parts):
+                        arriving.fetch(decays_of, n * parts + part)
+
+                arriving.drain(chunks * parts)
+                stream.drain(chunks)
+
+            mosaic.by_one_warp(copy)
 
         pl.when(wg < 2)(consume)
         pl.when(wg == 2)(produce)
@@ -284,25 +322,26 @@ def linear_channel_grad(
     like = lambda *shape: jax.ShapeDtypeStruct((batch, length, heads, *shape), dtype)
     return mosaic.call(
         body,
-        (*inputs.values(), last, d_last, scale),
+        (*inputs.values(), log_decay, d_last, scale, Decays.ones(dtype)),
         (
             like(size),
             like(size),
             like(value_size),
-            jax.ShapeDtypeStruct((batch, length, heads, size), jnp.float32),
-            jax.ShapeDtypeStruct(last.shape, jnp.float32),
+            jax.ShapeDtypeStruct(log_decay.shape, log_decay.dtype),
+            jax.ShapeDtypeStruct(d_last.shape, jnp.float32),
         ),
         scratch=[
             *Stream.scratch(
                 {name: tiled((stages, *shape)) for name, shape in shapes.items()}
             ),
+            *Stream.scratch({"log_decay": staged(log_decay, 2 * _PART, _PART)}),
+            *Decays.scratch(tiled, size),
             tiled((2, 2, CHUNK, _PART)),
             mosaic.tiled((2, 2, CHUNK, _PART), jnp.bfloat16),
             tiled((2, CHUNK, CHUNK)),
             tiled((size, value_size)),
             plgpu.SMEM((2, size), jnp.float32),
-            plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_arrivals=2),
+            *[plgpu.Barrier(num_arrivals=2)] * 3,
         ],
         grid=(heads, batch),
         grid_names=("h", "b"),

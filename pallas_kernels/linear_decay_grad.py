@@ -172,7 +172,7 @@ def linear_decay_grad(
                 head = lax.div(h, jnp.int32(heads // gmem.shape[2]))
                 return gmem.at[b, tokens, head]
 
-            mosaic.by_one_warp(lambda: stream.copy(source, chunks, stages))
+            mosaic.by_one_warp(lambda: stream.copy(source, chunks))
 
         pl.when(wg < 2)(consume)
         pl.when(wg == 2)(produce)

@@ -151,6 +151,14 @@ def full(shape, value, layout, dtype=jnp.float32):
     return x if interpreted() else plgpu.layout_cast(x, layout)
 
 
+def rounded(x, dtype):
+    """In a smaller dtype, also where XLA would drop a conversion there and back."""
+    if interpreted():
+        info = jnp.finfo(dtype)
+        x = lax.reduce_precision(x, info.nexp, info.nmant)
+    return x.astype(dtype)
+
+
 def iota(size: int, axis: int):
     """0, 1, 2, ... along an axis of a tile."""
     if interpreted():
@@ -210,6 +218,22 @@ def product(a, b, *, after=lambda: None):
         after()
         return acc[...]
 
+    return pl.run_scoped(issue, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+
+
+def sum_of_products(*pairs):
+    """The sum of `a b` for pairs in shared memory."""
+    if interpreted():
+        result = sum(plain(a) @ plain(b) for a, b in pairs)
+        plgpu.commit_smem()
+        return result
+
+    def issue(acc):
+        for a, b in pairs:
+            plgpu.wgmma(acc, a, b)
+        return acc[...]
+
+    (a, b), *_ = pairs
     return pl.run_scoped(issue, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
 
 

@@ -279,7 +279,7 @@ def taylor_scan(
 
             def copy():
                 plgpu.copy_gmem_to_smem(forms_g, forms_s, forms_full)
-                stream.copy(source, chunks, stages)
+                stream.copy(source, chunks)
 
             mosaic.by_one_warp(copy)
 

@@ -26,6 +26,7 @@ CASES = {
     "per token": (1, 1, 256, 64, 128, "token", {}),
     "per channel, ragged": (2, 1, 200, 64, 64, "channel", {}),
     "per channel": (1, 1, 128, 128, 128, "channel", {}),
+    "per channel, forgetting": (1, 1, 128, 64, 128, "strong channel", {}),
     "documents": (
         1,
         1,
@@ -45,6 +46,7 @@ CASES = {
     ),
     "normalized": (2, 1, 200, 64, 64, "head", {"normalize": True}),
     "normalized, by token": (1, 1, 256, 128, 64, "token", {"normalize": True}),
+    "normalized, forgetting": (1, 1, 128, 64, 64, "strong", {"normalize": True}),
 }
 # In pieces, which may leave out what they forget.
 IN_PIECES = ["per head, ragged", "per token", "normalized"]
@@ -66,6 +68,7 @@ def arrays(name, dtype="bfloat16"):
     )
     each = 1, length, heads
     by = {"head": (heads,), "token": each, "channel": (*each, size), "strong": each}
+    by["strong channel"] = by["channel"]
     by = by.get(decay)
     shape = 1, heads, size, value_size + normalize
     state, *decays = normal(1, shape, *[by] if by else [])
@@ -73,6 +76,11 @@ def arrays(name, dtype="bfloat16"):
         query, key, value = tokens
         tokens = jnp.exp(query / 4), jnp.exp(key / 4), value
         state = jnp.abs(state)
+    if decay == "strong channel":  # Many channels forget at once, some all at once.
+        decays = [
+            (-jnp.exp(3 * x)).astype(dtype).at[:, 40].set(-jnp.inf) for x in decays
+        ]
+        return *tokens, state, *decays
     slower = 1 if decay == "strong" else 20
     return *tokens, state, *(-jnp.abs(x) / slower for x in decays)
 
@@ -181,6 +189,24 @@ def test_states_that_are_not_wanted_are_not_written(state):
         for x in equation.outvars
     ]
     assert ((2, 2, 64, 64) in shapes) == state
+
+
+def test_decays_by_channel_go_to_the_kernels_as_they_are():
+    """They are as large as keys, and in float32 twice that."""
+    query, key, value, _, log_decay = arrays("per channel")
+
+    def gradients(*arrays):
+        fn = lambda *x: attention("pallas")(*x[:3], None, x[3])[0]
+        out, pull = jax.vjp(fn, *arrays)
+        return pull(out)
+
+    alike = [
+        equation.primitive.name
+        for equation in jax.make_jaxpr(gradients)(query, key, value, log_decay).eqns
+        for x in equation.outvars
+        if (x.aval.shape, x.aval.dtype) == (log_decay.shape, jnp.float32)
+    ]
+    assert alike == ["custom_vmap_call"]  # Their gradient, by the kernel.
 
 
 @pytest.mark.skipif(not SINCE_0_11, reason="the detector came with jax 0.11")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from attnx._groups import sum_of_groups
 from attnx.linear.operands import empty_state
-from attnx.linear.pallas import number_of_pieces
+from attnx.linear.pallas_scan import number_of_pieces
 from pallas_kernels.batching import mappable
 from pallas_kernels.chunks import CHUNK, inverse
 from pallas_kernels.mosaic import wrong_device
