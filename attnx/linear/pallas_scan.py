@@ -18,9 +18,9 @@ from pallas_kernels.mosaic import LOG2E
 _BLOCKS = 132
 # Shorter pieces spend more on their states than they gain.
 _MIN_CHUNKS = 4
-# Pieces of so many chunks may be twice as many as fill the device: heads that forget
-# have summed their states at once, and those that do not are left with more of it.
-_LONG_CHUNKS = 64
+# What a piece adds to the state may be summed in so many parts, of so many chunks at
+# least: heads that forget read little of it, and those that do not are left alone.
+_PARTS, _PART_CHUNKS = 4, 32
 
 
 def number_of_pieces(query: jax.Array) -> int:
@@ -28,8 +28,6 @@ def number_of_pieces(query: jax.Array) -> int:
     batch, length, heads, _ = query.shape
     chunks = -(-length // CHUNK)
     most = max(1, min(_BLOCKS // (batch * heads), chunks // _MIN_CHUNKS))
-    if most > 1 and chunks >= 2 * most * _LONG_CHUNKS:
-        most *= 2
     even = max(n for n in range(1, most + 1) if chunks % n == 0)
     return even if 2 * even > most else most
 
@@ -53,28 +51,34 @@ def entering_states(
     """
     if pieces == 1:
         return state[:, :, None]
-    shape = (*state.shape[:2], pieces - 1, *state.shape[2:])
+    chunks = tokens[0].shape[1] // CHUNK
+    most = min(_PARTS, chunks // pieces // _PART_CHUNKS)
+    parts = max(n for n in range(1, max(most, 1) + 1) if chunks // pieces % n == 0)
+    served = (pieces - 1) * parts
+    shape = (*state.shape[:2], served, *state.shape[2:])
     empty = jnp.broadcast_to(jnp.zeros_like(state)[:, :, None], shape)
-    options = {"pieces": pieces, "transposed": transposed}
+    options = {"pieces": pieces * parts, "parts": parts, "transposed": transposed}
     if counted:
         empty, sums = parted(empty, by)
         _, *added = scan((None, *tokens), empty, decay, counted=sums, **options)
         added = jnp.concatenate([added[0], added[1][..., None]], -1)
     else:
         _, added = scan((None, *tokens), empty, decay, **options)
-    # The state, and what each piece adds to it, by the piece that it enters.
+    # The state, and what each part adds to it, by the part that it enters: from the
+    # first of the first piece on, or if transposed to the last of the last one.
     first = jnp.broadcast_to(state, (added.shape[0], *state.shape[1:]))[:, :, None]
-    parts = [added, first] if transposed else [first, added]
-    parts = jnp.concatenate(parts, axis=2)
+    sums = jnp.concatenate([added, first] if transposed else [first, added], axis=2)
     total = decay.since[..., -1]
-    total = jnp.broadcast_to(total, (*total.shape[:2], tokens[0].shape[1] // CHUNK))
-    total = total.reshape(*total.shape[:2], pieces, -1).sum(-1)
+    total = jnp.broadcast_to(total, (*total.shape[:2], chunks))
+    total = total.reshape(*total.shape[:2], pieces * parts, -1).sum(-1)
     ages = jax.lax.cumsum(total, axis=2, reverse=transposed) - total
-    ages = ages[..., :, None] - ages[..., None, :]
+    ages = ages[..., parts - 1 :] if transposed else ages[..., : served + 1]
+    ages = ages[..., ::parts, None] - ages[..., None, :]
     seen = jnp.triu if transposed else jnp.tril
-    weights = jnp.exp2(jnp.where(seen(jnp.ones(ages.shape[-2:], bool)), ages, -jnp.inf))
-    weights = jnp.broadcast_to(weights, (*parts.shape[:2], pieces, pieces))
-    return jnp.einsum("bnpr,bnrhv->bnphv", weights, parts, precision="highest")
+    seen = seen(jnp.ones((served + 1, served + 1), bool))[::parts]
+    weights = jnp.exp2(jnp.where(seen, ages, -jnp.inf))
+    weights = jnp.broadcast_to(weights, (*sums.shape[:2], *weights.shape[2:]))
+    return jnp.einsum("bnpr,bnrhv->bnphv", weights, sums, precision="highest")
 
 
 def parted(state, by=None):
