@@ -79,5 +79,6 @@ def _run(run: dict) -> Iterator[str]:
             ratio = f"{time / base:.2f}x" if base else ""
             clock = " (host)" if on_gpu and row["timer"] == "host" else ""
             number = f"{time:.3f}" if on_gpu else f"{time:.1f}"
-            yield f"{head}| {number}{clock} | {ratio} | {row['megabytes']:.0f} |"
+            size = f"{row['megabytes']:.0f}" if "megabytes" in row else ""
+            yield f"{head}| {number}{clock} | {ratio} | {size} |"
         yield ""

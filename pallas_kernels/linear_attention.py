@@ -84,7 +84,6 @@ def linear_scan(
     offset: Offset | None = None,
     *,
     pieces: int,
-    parts: int = 1,
     transposed: bool = False,
     keep_states: bool = False,
     keep_rest: bool = False,
@@ -100,13 +99,11 @@ def linear_scan(
       value: `[B, T, *, V]`.
       state: what enters each piece, float32 `[B or 1, N, pieces, H, V]`. With fewer
         pieces the first ones are summed (the last, if transposed), and for states
-        alone; these leave out chunks that the decay forgets before the last of `parts`
-        pieces ends.
+        alone; these leave out chunks that the decay forgets before the piece ends.
       decay: by chunks of `CHUNK`.
       counted: sums of keys to make as well. With queries, it divides.
       offset: of queries.
       pieces: equal parts of the sequence, of whole chunks, served side by side.
-      parts: so many pieces after each other are summed apart for one state.
       transposed: sums over the tokens from i on; states enter from the right.
       keep_states: also returns the states that enter the chunks. For H V of at most
         `128 * 128`.
@@ -138,8 +135,8 @@ def linear_scan(
     others = [x for x in others if x is not None]
     skipped = []
     if query is None:
-        skip = _forgotten(decay, pieces, chunks, stages, transposed, parts)
-        skip = skip[..., first_piece : first_piece + served]
+        parts = slice(first_piece, first_piece + served)
+        skip = _forgotten(decay, pieces, chunks, stages, transposed)[..., parts]
         skipped = [skip]
         state = jnp.where(skip[..., None, None] > 0, 0.0, state)
         if counted:
@@ -370,14 +367,13 @@ def linear_scan(
     return (None, *results) if query is None else results
 
 
-def _forgotten(decay: Decay, pieces, chunks, stages, transposed, parts):
+def _forgotten(decay: Decay, pieces: int, chunks: int, stages: int, transposed: bool):
     """How many chunks a piece may leave out, int32 `[B or 1, N, pieces]`.
 
     They are its first, or if transposed its last; `stages` are left in any case.
     """
     total = decay.since[..., -1]
     total = jnp.broadcast_to(total, (*total.shape[:2], pieces * chunks))
-    total = total.reshape(*total.shape[:2], -1, parts * chunks)
+    total = total.reshape(*total.shape[:2], pieces, chunks)
     after = lax.cumsum(total, axis=3, reverse=not transposed) - total
-    after = after.reshape(*after.shape[:2], pieces, chunks)
     return jnp.minimum((after < _FORGOTTEN).sum(-1, dtype=jnp.int32), chunks - stages)

@@ -11,7 +11,7 @@ import pytest
 from helpers import GRADIENT_ERROR, assert_matches, normal, relative_rms
 
 import attnx
-from attnx.linear import pallas, pallas_scan
+from attnx.linear import pallas
 from pallas_kernels import mosaic
 from pallas_kernels.chunks import CHUNK
 from pallas_kernels.linear_attention import Counted, Decay, linear_scan
@@ -171,27 +171,6 @@ def test_states_leave_out_what_they_forget(per_token, transposed):
     assert relative_rms(out[0, 0, 0], expected) < 4e-3
     expected = weights @ key[0, piece, 0].astype(jnp.float32)
     assert relative_rms(sums[0, 0, 0], expected) < 1e-6
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-def test_states_summed_in_parts_are_those_of_pieces(transposed, monkeypatch):
-    """Of heads that forget nothing, something, and all but the last part."""
-    size, chunks = 64, 4
-    tokens = normal(0, *[(1, 2 * chunks * CHUNK, 3, size)] * 2, dtype="bfloat16")
-    [state] = normal(1, (1, 3, size, size))
-    decay = pallas_scan.decay_of(jnp.array([0.0, -0.01, -0.5]), jnp.ones(1))
-
-    def entering(parts):
-        monkeypatch.setattr(pallas_scan, "_PARTS", parts)
-        with mosaic.interpret():
-            return pallas_scan.entering_states(
-                2, tokens, state, decay, transposed=transposed
-            )
-
-    monkeypatch.setattr(pallas_scan, "_PART_CHUNKS", 1)
-    whole, parts = entering(1), entering(4)
-    assert whole.shape == (1, 3, 2, size, size)
-    assert relative_rms(parts, whole) < 1e-5
 
 
 @pytest.mark.parametrize("state", [False, True])

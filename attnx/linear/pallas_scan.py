@@ -18,9 +18,6 @@ from pallas_kernels.mosaic import LOG2E
 _BLOCKS = 132
 # Shorter pieces spend more on their states than they gain.
 _MIN_CHUNKS = 4
-# What a piece adds to the state may be summed in so many parts, of so many chunks at
-# least: heads that forget read little of it, and those that do not are left alone.
-_PARTS, _PART_CHUNKS = 4, 32
 
 
 def number_of_pieces(query: jax.Array) -> int:
@@ -51,34 +48,28 @@ def entering_states(
     """
     if pieces == 1:
         return state[:, :, None]
-    chunks = tokens[0].shape[1] // CHUNK
-    most = min(_PARTS, chunks // pieces // _PART_CHUNKS)
-    parts = max(n for n in range(1, max(most, 1) + 1) if chunks // pieces % n == 0)
-    served = (pieces - 1) * parts
-    shape = (*state.shape[:2], served, *state.shape[2:])
+    shape = (*state.shape[:2], pieces - 1, *state.shape[2:])
     empty = jnp.broadcast_to(jnp.zeros_like(state)[:, :, None], shape)
-    options = {"pieces": pieces * parts, "parts": parts, "transposed": transposed}
+    options = {"pieces": pieces, "transposed": transposed}
     if counted:
         empty, sums = parted(empty, by)
         _, *added = scan((None, *tokens), empty, decay, counted=sums, **options)
         added = jnp.concatenate([added[0], added[1][..., None]], -1)
     else:
         _, added = scan((None, *tokens), empty, decay, **options)
-    # The state, and what each part adds to it, by the part that it enters: from the
-    # first of the first piece on, or if transposed to the last of the last one.
+    # The state, and what each piece adds to it, by the piece that it enters.
     first = jnp.broadcast_to(state, (added.shape[0], *state.shape[1:]))[:, :, None]
-    sums = jnp.concatenate([added, first] if transposed else [first, added], axis=2)
+    parts = [added, first] if transposed else [first, added]
+    parts = jnp.concatenate(parts, axis=2)
     total = decay.since[..., -1]
-    total = jnp.broadcast_to(total, (*total.shape[:2], chunks))
-    total = total.reshape(*total.shape[:2], pieces * parts, -1).sum(-1)
+    total = jnp.broadcast_to(total, (*total.shape[:2], tokens[0].shape[1] // CHUNK))
+    total = total.reshape(*total.shape[:2], pieces, -1).sum(-1)
     ages = jax.lax.cumsum(total, axis=2, reverse=transposed) - total
-    ages = ages[..., parts - 1 :] if transposed else ages[..., : served + 1]
-    ages = ages[..., ::parts, None] - ages[..., None, :]
+    ages = ages[..., :, None] - ages[..., None, :]
     seen = jnp.triu if transposed else jnp.tril
-    seen = seen(jnp.ones((served + 1, served + 1), bool))[::parts]
-    weights = jnp.exp2(jnp.where(seen, ages, -jnp.inf))
-    weights = jnp.broadcast_to(weights, (*sums.shape[:2], *weights.shape[2:]))
-    return jnp.einsum("bnpr,bnrhv->bnphv", weights, sums, precision="highest")
+    weights = jnp.exp2(jnp.where(seen(jnp.ones(ages.shape[-2:], bool)), ages, -jnp.inf))
+    weights = jnp.broadcast_to(weights, (*parts.shape[:2], pieces, pieces))
+    return jnp.einsum("bnpr,bnrhv->bnphv", weights, parts, precision="highest")
 
 
 def parted(state, by=None):
