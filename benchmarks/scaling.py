@@ -71,8 +71,8 @@ def work(sizes: Sizes) -> dict[str, float]:
 def least_tokens(sizes: Sizes, link: float, *, backward: bool) -> float:
     """Tokens a device from which a causal zig-zag ring hides what it sends."""
     per_token = sizes.keys(sizes.itemsize) + (sizes.keys(4) if backward else 0)
-    # Half of the pairs are visible; the backward computes the forward again.
-    products = (14 if backward else 4) / 2 * sizes.heads * sizes.head_size
+    # Half of the pairs are visible; the backward has five products to two.
+    products = (10 if backward else 4) / 2 * sizes.heads * sizes.head_size
     return per_token / link * PEAK / products
 
 
