@@ -17,7 +17,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import mosaic
+from pallas_kernels import mosaic, products
 from pallas_kernels import rows as gathering
 from pallas_kernels.masking import ROWS, Lists, Masking, Sees, Visits
 from pallas_kernels.mosaic import LOG2E, ROW, TILE
@@ -170,7 +170,7 @@ def attention(
                 acc, m, l, _ = carry
                 slot = slot_of(0)
                 plgpu.barrier_wait(k_full.at[slot])
-                scores = mosaic.product(q, mosaic.transposed(k_s.at[slot]))
+                scores = products.product(q, mosaic.transposed(k_s.at[slot]))
                 plgpu.barrier_arrive(k_free.at[slot])
                 m, l, _, p = update(j, scores, m, l, masked)
                 return acc, m, l, p.astype(dtype)
@@ -186,7 +186,7 @@ def attention(
                     plgpu.barrier_arrive(k_free.at[slot])
                     return update(j, scores, m, l, masked)
 
-                acc, (m, l, alpha, p) = mosaic.overlapped(
+                acc, (m, l, alpha, p) = products.overlapped(
                     (q, k_s.at[slot]),
                     (acc, p, v_s.at[last_slot]),
                     issued=lambda: give_turn(lax.rem(wg + 1, jnp.int32(warpgroups))),
@@ -199,7 +199,7 @@ def attention(
             def last(_, acc, p):
                 slot = slot_of(steps - 1)
                 plgpu.barrier_wait(v_full.at[slot])
-                acc = mosaic.accumulated(acc, p, v_s.at[slot])
+                acc = products.accumulated(acc, p, v_s.at[slot])
                 plgpu.barrier_arrive(v_free.at[slot])
                 return acc
 

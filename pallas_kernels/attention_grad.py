@@ -15,7 +15,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import fragments, mosaic
+from pallas_kernels import fragments, mosaic, products
 from pallas_kernels.masking import ROWS, Lists, Masking, Sees, Visits
 from pallas_kernels.mosaic import COL, LOG2E
 
@@ -124,13 +124,13 @@ def attention_grad(
 
                 plgpu.barrier_wait(q_full.at[slot])
                 plgpu.barrier_wait(do_full.at[slot])
-                p, dp = mosaic.two_products(
+                p, dp = products.two_products(
                     (k, mosaic.transposed(q)),
                     (v, mosaic.transposed(do)),
                     probabilities,
                     issued=lambda: sees and sees.prepare(*query_start(j)),
                 )
-                mosaic.add_product(d_value, p.astype(dtype), do)
+                products.add_product(d_value, p.astype(dtype), do)
                 ds = (p * (dp - columns(1))).astype(dtype)
                 # The other warpgroup met this one after it last read this buffer.
                 ds_now = ds_s.at[lax.rem(j, jnp.int32(2))]
@@ -149,7 +149,7 @@ def attention_grad(
                     place = b, head, lax.div(start, jnp.int32(ROWS)), part
                     fragments.add(dq_g.at[place], d_query)
 
-                mosaic.product_beside(
+                products.product_beside(
                     (
                         mosaic.transposed(ds_now.at[:, queries]),
                         k_s.at[:, held],
@@ -160,7 +160,7 @@ def attention_grad(
                     issued=lambda: plgpu.barrier_arrive(do_free.at[slot]),
                 )
                 if by_rows:
-                    mosaic.wait_for_products()
+                    products.wait_for_products()
                     release(j)
 
             def walk(d_key, d_value):
@@ -182,10 +182,10 @@ def attention_grad(
                 full = functools.partial(run, sees=None)
                 lax.fori_loop(partial, steps, full, None)
                 if not by_rows:
-                    mosaic.wait_for_products()
+                    products.wait_for_products()
                     pl.when(steps > 0)(lambda: release(steps - 1))
 
-            d_key, d_value = mosaic.accumulators(
+            d_key, d_value = products.accumulators(
                 walk,
                 [None if ref is None else ref.at[wg] for ref in (acc_k, acc_v)],
                 [(ROWS, head_size), (ROWS, value_size)],

@@ -15,7 +15,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import mosaic
+from pallas_kernels import mosaic, products
 from pallas_kernels.masking import ROWS, Lists, Masking, Sees, Visits
 from pallas_kernels.mosaic import COL, LOG2E, ROW
 
@@ -113,17 +113,17 @@ def attention_grad_ordered(
                 plgpu.barrier_wait(first_full.at[slot])
                 plgpu.barrier_wait(second_full.at[slot])
                 if by == "value":
-                    scores = mosaic.product(left, mosaic.transposed(first))
+                    scores = products.product(left, mosaic.transposed(first))
                     p = probabilities(scores)
-                    mosaic.add_product(grad, p.astype(dtype), second)
+                    products.add_product(grad, p.astype(dtype), second)
                 else:
-                    p, dp = mosaic.two_products(
+                    p, dp = products.two_products(
                         (left, mosaic.transposed(first)),
                         (right, mosaic.transposed(second)),
                         probabilities,
                     )
                     ds = p * (dp - statistic(delta_g))
-                    mosaic.add_product(grad, ds.astype(dtype), first)
+                    products.add_product(grad, ds.astype(dtype), first)
                 plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(first_free.at[slot])
                 plgpu.barrier_arrive(second_free.at[slot])
@@ -153,7 +153,7 @@ def attention_grad_ordered(
 
                 lax.fori_loop(0, members, member, jnp.int32(0))
 
-            (grad,) = mosaic.accumulators(
+            (grad,) = products.accumulators(
                 walk, [None if acc is None else acc.at[wg]], [(ROWS, width)]
             )
             if by != "value":

@@ -9,7 +9,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import mosaic
+from pallas_kernels import mosaic, products
 from pallas_kernels.mosaic import COL, ROW, TILE
 
 CHUNK = 128
@@ -135,7 +135,7 @@ class State:
         """This half after a chunk, of keys and values in shared memory."""
         _, columns = self.place()
         k = self._leaving(weights, keys).astype(keys.dtype)
-        return mosaic.accumulated(state * weights.across(), k, values.at[:, columns])
+        return products.accumulated(state * weights.across(), k, values.at[:, columns])
 
     def sums_after(self, sums, weights: Weights, keys, by=None):
         """The sums after a chunk, whose keys count for `by`, or for 1."""

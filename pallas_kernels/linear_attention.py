@@ -15,7 +15,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import mosaic
+from pallas_kernels import mosaic, products
 from pallas_kernels.chunks import (
     CHUNK,
     ROWS,
@@ -203,7 +203,9 @@ def linear_scan(
                 if offset:
                     plgpu.barrier_wait(fulls["number"].at[slot])
                 plgpu.barrier_wait(fulls["query"].at[slot])
-                scores = mosaic.product(q, mosaic.transposed(tokens_s["key"].at[slot]))
+                scores = products.product(
+                    q, mosaic.transposed(tokens_s["key"].at[slot])
+                )
                 if offset:
                     scores = scores + mosaic.along(number(), 0, scores.shape)
                 p = mosaic.rounded(
@@ -217,7 +219,7 @@ def linear_scan(
                 if offset:
                     row = other_g.at[b, h, chunk, pl.ds(first_column, columns)]
                     row = mosaic.load(row, COL)
-                out = mosaic.product(q, state_s)
+                out = products.product(q, state_s)
                 if offset:
                     column = mosaic.along(number(), 0, out.shape)
                     out = out + column * mosaic.along(row, 1, out.shape)
@@ -226,7 +228,7 @@ def linear_scan(
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(read)
                 plgpu.barrier_wait(fulls["value"].at[slot])
-                out = mosaic.accumulated(out, p, tokens_s["value"].at[slot])
+                out = products.accumulated(out, p, tokens_s["value"].at[slot])
                 if divides:
                     out = out * mosaic.along(inverse(total), 0, out.shape)
                     rows = pl.ds(chunk * CHUNK + first_row, ROWS)

@@ -13,7 +13,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import mosaic
+from pallas_kernels import mosaic, products
 from pallas_kernels.chunks import State, Stream, Weights, row_of, since_of
 from pallas_kernels.linear_attention import Counted, Decay
 from pallas_kernels.mosaic import COL, ROW, TILE
@@ -103,21 +103,21 @@ def linear_grad(
                 for name in names:
                     plgpu.barrier_wait(fulls[name].at[slot])
                 tokens = tokens_s[own].at[slot]
-                scores = mosaic.product(
+                scores = products.product(
                     tokens, mosaic.transposed(tokens_s[first].at[slot])
                 )
                 if also:
                     number = mosaic.load(tokens_s["number"].at[slot], COL)
                     scores = scores + mosaic.along(number, 1, shape)
                 p = (scores * weights.within(0, shape)).astype(dtype)
-                grad = mosaic.product(tokens, state_s)
+                grad = products.product(tokens, state_s)
                 if also:
                     grad = grad + mosaic.along(mosaic.load(sums_s, COL), 1, grad.shape)
                 plgpu.barrier_arrive(read)
                 plgpu.barrier_arrive(frees[own].at[slot])
                 entering = weights.entering(0, CHUNK)
                 grad = grad * mosaic.along(entering, 0, grad.shape)
-                grad = mosaic.accumulated(grad, p, tokens_s[second].at[slot])
+                grad = products.accumulated(grad, p, tokens_s[second].at[slot])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 staged[...] = grad.astype(dtype)
                 plgpu.commit_smem()

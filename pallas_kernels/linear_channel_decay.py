@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels import mosaic
+from pallas_kernels import mosaic, products
 from pallas_kernels.chunks import Stream, row_of
 from pallas_kernels.mosaic import LOG2E, TILE
 
@@ -106,7 +106,9 @@ def linear_channel_scan(
                     weighed[...] = x
                     plgpu.commit_smem()
                     product = mosaic.full((CHUNK, CHUNK), 0.0, TILE)
-                    product = mosaic.accumulated(product, x, mosaic.transposed(weighed))
+                    product = products.accumulated(
+                        product, x, mosaic.transposed(weighed)
+                    )
                     return jnp.where(pair.together(), product, p)
 
                 p = mosaic.full((CHUNK, CHUNK), 0.0, TILE)
@@ -120,7 +122,7 @@ def linear_channel_scan(
                 for tile, old in zip(tiles, state, strict=True):
                     old = old * mosaic.along(decays.across(tile), 0, old.shape)
                     keys = mosaic.transposed(k.at[:, tile])
-                    left.append(mosaic.accumulated(old, keys, v))
+                    left.append(products.accumulated(old, keys, v))
                 return tuple(left)
 
             def copy(smem, gmem):
@@ -171,8 +173,8 @@ def linear_channel_scan(
                 own = own_columns()
                 out = mosaic.full((CHUNK, columns), 0.0, TILE)
                 for one in range(2):
-                    out = mosaic.accumulated(out, scores_s.at[one], v.at[:, own])
-                out = mosaic.accumulated(out, q, state_s.at[:, own])
+                    out = products.accumulated(out, scores_s.at[one], v.at[:, own])
+                out = products.accumulated(out, q, state_s.at[:, own])
                 plgpu.barrier_arrive(frees["query"].at[slot])
                 state = after(state, k, v.at[:, own])
                 plgpu.barrier_arrive(frees["key"].at[slot])
@@ -301,7 +303,7 @@ class Decays:
         which = jnp.where(which, 1.0, 0.0).astype(self._parts[0].dtype)
         total = mosaic.full((CHUNK, channels.size), 0.0, TILE)
         parts = (part.at[:, channels] for part in self._parts)
-        return jnp.exp2(mosaic.accumulated(total, which, *parts))
+        return jnp.exp2(products.accumulated(total, which, *parts))
 
     def across(self, channels):
         """By what all tokens decay these channels, a row of a state each."""
@@ -310,7 +312,9 @@ class Decays:
         # A product sums faster than registers do; its columns are the same.
         parts = (mosaic.transposed(part.at[:, channels]) for part in self._parts)
         ones = mosaic.transposed(self._ones)
-        return jnp.exp2(mosaic.sum_of_products(*((x, ones) for x in parts)).max(axis=1))
+        return jnp.exp2(
+            products.sum_of_products(*((x, ones) for x in parts)).max(axis=1)
+        )
 
 
 class Pair:
@@ -349,7 +353,7 @@ class Pair:
     def products(self, x, x_s):
         """Inner products of tokens in registers and in memory, across the middle."""
         p = mosaic.full((CHUNK, CHUNK), 0.0, TILE)
-        return self.between(mosaic.accumulated(p, x, mosaic.transposed(x_s)))
+        return self.between(products.accumulated(p, x, mosaic.transposed(x_s)))
 
 
 def tokens():

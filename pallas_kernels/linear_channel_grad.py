@@ -25,7 +25,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import mosaic
+from pallas_kernels import mosaic, products
 from pallas_kernels.chunks import Stream, row_of
 from pallas_kernels.linear_channel_decay import (
     CHUNK,
@@ -108,8 +108,8 @@ def linear_channel_grad(
             def shares():
                 """Gradients of scores, in memory symmetric; returns the diagonal."""
                 i, j = tokens()
-                d_scores = mosaic.product(do_s, mosaic.transposed(v_s))
-                mirrored = mosaic.product(v_s, mosaic.transposed(do_s))
+                d_scores = products.product(do_s, mosaic.transposed(v_s))
+                mirrored = products.product(v_s, mosaic.transposed(do_s))
                 both = jnp.where(i >= j, d_scores, mirrored)
                 scores_s.at[mosaic.again(wg)][...] = both.astype(dtype)
                 return jnp.where(i == j, d_scores, 0.0).sum(axis=1)
@@ -130,7 +130,7 @@ def linear_channel_grad(
                 p = p + pair.products(x, x_s)
                 near = pair.between(mosaic.load(scores_s.at[me], TILE))
                 seen = mosaic.full(decay.shape, 0.0, TILE)
-                seen = mosaic.accumulated(seen, near, x_s)
+                seen = products.accumulated(seen, near, x_s)
                 grad, both = seen * decay, seen * load(x_s)
                 return (
                     p,
@@ -174,7 +174,7 @@ def linear_channel_grad(
                     """With the sums of `change` over the tokens `which`, a row each."""
                     which = jnp.where(which, 1.0, 0.0).astype(jnp.bfloat16)
                     halves = (change_s.at[me, half] for half in range(2))
-                    return mosaic.accumulated(d_decay, which, *halves)
+                    return products.accumulated(d_decay, which, *halves)
 
                 # Queries and keys give way to what the states are to them.
                 me, n = mosaic.again(wg), mosaic.again(n)
@@ -182,7 +182,7 @@ def linear_channel_grad(
                 own_q, own_k = q_s.at[:, part], k_s.at[:, part]
                 i, j = tokens()
                 decay = decays.over(j <= i, part)
-                seen = mosaic.product(do_s, mosaic.transposed(entering_s.at[part]))
+                seen = products.product(do_s, mosaic.transposed(entering_s.at[part]))
                 q = (load(own_q) * scale * decay).astype(dtype)
                 own_q[...] = q
                 change = change + q.astype(jnp.float32) * seen
@@ -192,7 +192,7 @@ def linear_channel_grad(
                 i, j = tokens()
                 decay = decays.over(j > i, part)
                 d_decay = added(d_decay * decay, j >= i)
-                seen = mosaic.product(v_s, mosaic.transposed(d_state_s.at[part]))
+                seen = products.product(v_s, mosaic.transposed(d_state_s.at[part]))
                 k = (load(own_k) * decay).astype(dtype)
                 own_k[...] = k
                 write(1, d_key + seen * decay, d_key_g, k.astype(jnp.float32) * seen)
@@ -243,10 +243,10 @@ def linear_channel_grad(
                 plgpu.barrier_wait(met)
                 d_value = mosaic.full((CHUNK, columns), 0.0, TILE)
                 for one in range(2):
-                    d_value = mosaic.accumulated(
+                    d_value = products.accumulated(
                         d_value, scores_s.at[one], do_s.at[:, own]
                     )
-                d_value = mosaic.accumulated(d_value, k_s, d_state_s.at[:, own])
+                d_value = products.accumulated(d_value, k_s, d_state_s.at[:, own])
                 plgpu.barrier_arrive(frees["key"].at[0])
                 # The values have been read: their place takes their gradients.
                 v_s.at[:, own][...] = d_value.astype(dtype)
@@ -256,7 +256,7 @@ def linear_channel_grad(
                     x = x * mosaic.along(decays.across(tile), 0, x.shape)
                     first = mosaic.again(jnp.int32(tile.start))
                     q = mosaic.transposed(q_s.at[:, pl.ds(first, ROWS)])
-                    before.append(mosaic.accumulated(x, q, do_s.at[:, own]))
+                    before.append(products.accumulated(x, q, do_s.at[:, own]))
                 for name in ("query", "d_out", "states"):
                     plgpu.barrier_arrive(frees[name].at[0])
                 publish(before)

@@ -15,7 +15,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import mosaic
+from pallas_kernels import mosaic, products
 from pallas_kernels.chunks import (
     CHUNK,
     ROWS,
@@ -110,14 +110,14 @@ def linear_decay_grad(
                     # In parts, for which there are registers beside the state's.
                     def within(n, total):
                         part = pl.ds(n * ROWS, ROWS)
-                        a = mosaic.product(own, mosaic.transposed(others.at[part]))
+                        a = products.product(own, mosaic.transposed(others.at[part]))
                         a *= weights.within(first_row, (ROWS, ROWS), n * ROWS)
-                        a *= mosaic.product(near, mosaic.transposed(far.at[part]))
+                        a *= products.product(near, mosaic.transposed(far.at[part]))
                         return total + a.sum(axis=1)
 
                     def beyond(n, total):
                         part = pl.ds(n * ROWS, ROWS)
-                        a = mosaic.product(own, mosaic.transposed(state.at[part]))
+                        a = products.product(own, mosaic.transposed(state.at[part]))
                         a *= mosaic.load(near.at[:, part], TILE).astype(jnp.float32)
                         return total + a.sum(axis=1)
 

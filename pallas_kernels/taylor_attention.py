@@ -16,7 +16,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import mosaic
+from pallas_kernels import mosaic, products
 from pallas_kernels.chunks import CHUNK, ROWS, Stream, inverse
 from pallas_kernels.mosaic import COL, ROW, TILE
 from pallas_kernels.taylor_features import PART, PARTS, SIZE, TILES, Forms, coefficients
@@ -131,7 +131,7 @@ def taylor_scan(
 
             def scores(here, half):
                 keys = mosaic.transposed(here["key"].at[half])
-                return mosaic.product(here["query"].at[own_rows], keys)
+                return products.product(here["query"].at[own_rows], keys)
 
             def weighted(here):
                 """Sums of values by their weights, and of the weights."""
@@ -146,7 +146,7 @@ def taylor_scan(
                         entered = mosaic.along(entered, 1, features.shape)
                         total = total + (features * entered).sum(axis=1)
                     features = features.astype(dtype)
-                    return mosaic.accumulated(out, features, state_s.at[part]), total
+                    return products.accumulated(out, features, state_s.at[part]), total
 
                 def within(n, carry):
                     out, total = carry
@@ -155,7 +155,7 @@ def taylor_scan(
                     weights = seen(1.0 + a * (1.0 + 0.5 * a), half)
                     total = total + weights.sum(axis=1)
                     weights, values = weights.astype(dtype), here["value"].at[half]
-                    return mosaic.accumulated(out, weights, values), total
+                    return products.accumulated(out, weights, values), total
 
                 out = mosaic.full((ROWS, value_size), 0.0, TILE)
                 total = mosaic.full((ROWS,), 0.0, ROW)
@@ -179,7 +179,7 @@ def taylor_scan(
                 def before(n, out):
                     part = pl.ds(n * PART, PART)
                     entered = mosaic.transposed(state_s.at[part])
-                    by = beside(mosaic.product(near, entered), sums_s.at[part])
+                    by = beside(products.product(near, entered), sums_s.at[part])
                     left, right = forms.of_queries(here["query"].at[own_rows], part)
                     return forms.back(out, (by * right, by * left), part)
 
@@ -187,10 +187,10 @@ def taylor_scan(
                     half = pl.ds(n * ROWS, ROWS)
                     values = mosaic.transposed(here["value"].at[half])
                     far = here["by"].at[half] if "by" in here else None
-                    by = beside(mosaic.product(near, values), far)
+                    by = beside(products.product(near, values), far)
                     a = scores(here, half) * SIZE**-0.5
                     by = seen(by * (SIZE**-0.5 * (1.0 + a)), half).astype(dtype)
-                    return mosaic.accumulated(out, by, here["key"].at[half])
+                    return products.accumulated(out, by, here["key"].at[half])
 
                 out = mosaic.full((ROWS, SIZE), 0.0, TILE)
                 out = lax.fori_loop(0, PARTS, before, out)
@@ -218,7 +218,7 @@ def taylor_scan(
                     total = total + counts.sum(axis=1)
                     values = here["value"].at[half, own_columns]
                     features = features.astype(dtype)
-                    return mosaic.accumulated(state, features, values), total
+                    return products.accumulated(state, features, values), total
 
                 parts = [
                     lax.fori_loop(0, 2, functools.partial(added, tile), tuple(carry))

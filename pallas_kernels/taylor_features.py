@@ -13,7 +13,7 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import mosaic
+from pallas_kernels import mosaic, products
 from pallas_kernels.chunks import ROWS
 
 SIZE = 16
@@ -57,7 +57,7 @@ class Forms:
         """`out` with gradients of tokens added, given those of queries' factors."""
         for form, factor in zip((_LEFT, _OF_QUERY), factors, strict=True):
             rows = self._ref.at[form, part]
-            out = mosaic.accumulated(out, factor.astype(rows.dtype), rows)
+            out = products.accumulated(out, factor.astype(rows.dtype), rows)
         return out
 
     @staticmethod
@@ -66,7 +66,7 @@ class Forms:
             index = part.start + mosaic.iota(x.shape[axis], axis)
             return x + mosaic.along((index < count).astype(x.dtype), axis, x.shape)
 
-        left, right = mosaic.two_products(left, right, lambda x: ones(x, 1))
+        left, right = products.two_products(left, right, lambda x: ones(x, 1))
         return left, ones(right, 1 + SIZE)
 
 

@@ -15,7 +15,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import mosaic
+from pallas_kernels import mosaic, products
 from pallas_kernels.mosaic import ROW
 
 ROWS = 64
@@ -81,10 +81,10 @@ def top_blocks(
                     for slot in slots:
                         plgpu.barrier_wait(full.at[slot])
                     for slot in slots:
-                        mosaic.add_product(acc, q, mosaic.transposed(p_s.at[slot]))
+                        products.add_product(acc, q, mosaic.transposed(p_s.at[slot]))
 
                 refs = () if acc_s is None else (acc_s.at[wg],)
-                [product] = mosaic.accumulators(multiply, refs, (shape,))
+                [product] = products.accumulators(multiply, refs, (shape,))
                 for slot in slots:
                     plgpu.barrier_arrive(free.at[slot])
                 return product
