@@ -87,7 +87,7 @@ def _attention(call, query, key, value, leaves):
     )
     out, lse = kernel(
         (jnp.tile(rows, (1, parts, 1, 1)), key, value),
-        (_lists(mask, query, key, parts), looked_up, None),
+        (_lists(mask, query, key, parts), looked_up, None, None),
     )
     lse = jnp.swapaxes(lse, 1, 2) / LOG2E
 
