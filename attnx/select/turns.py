@@ -12,9 +12,8 @@ import jax.numpy as jnp
 from attnx._checks import is_traced
 
 # Pairs of rows and blocks attended at a time, if one head has no more; and those of one
-# run of tiles where heads take turns, half as many where a turn has its own tokens.
+# run of tiles where heads take turns, twice as many where these copy no tokens.
 _PAIRS = 1 << 19
-_RUN = 1 << 20
 # How many runs a head may take, at most: each is a part of the program.
 _RUNS = 16
 
@@ -77,7 +76,7 @@ def by_heads(attend, arrays, lists, shared, *, pairs, begin=None):
         if key_heads % n == 0 and (n == 1 or n * pairs <= _PAIRS)
     )
     shares = (1,)
-    most = _RUN // 2 if begin is None else _RUN
+    most = _PAIRS if begin is None else 2 * _PAIRS
     if at_once < key_heads or pairs > most:
         # The first also holds what is beside, so it is smaller.
         runs = min(-(-at_once * pairs // most), _RUNS)
