@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from attnx._groups import sum_of_groups
 from attnx.linear import pallas_channel, pallas_normalized, xla
 from attnx.linear.operands import by_token, empty_state, repeated, to_state
 from attnx.linear.pallas_scan import (
@@ -23,6 +22,7 @@ from attnx.linear.pallas_scan import (
     entering_states,
     number_of_pieces,
     scan,
+    to_operands,
 )
 from pallas_kernels.batching import mappable
 from pallas_kernels.chunks import CHUNK
@@ -213,14 +213,9 @@ def _backward(options, residuals, cotangents):
         pull = jax.vjp(of_decay, log_decay)[1]
         (d_log_decay,) = pull((d_out, whole(d_last)))
     d_scale = jnp.einsum("btnv,btnv->", out, d_out, preferred_element_type=jnp.float32)
-    return (
-        d_query,
-        sum_of_groups(d_key, key),
-        sum_of_groups(d_value, value),
-        (d_scale / scale).astype(scale.dtype),
-        d_log_decay,
-        None if given is None else d_entering[:, :, 0],
-    )
+    d_entering = None if given is None else d_entering
+    grads = (d_query, d_key, d_value), d_scale / scale, d_log_decay, d_entering
+    return to_operands((key, value, scale), *grads)
 
 
 _attention.defvjp(_forward, _backward, symbolic_zeros=True)

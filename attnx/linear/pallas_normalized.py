@@ -8,9 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attnx._groups import sum_of_groups
 from attnx.linear import xla
-from attnx.linear.pallas_scan import decay_of, entering_states, parted, scan
+from attnx.linear.pallas_scan import (
+    decay_of,
+    entering_states,
+    parted,
+    scan,
+    to_operands,
+)
 from pallas_kernels.batching import mappable
 from pallas_kernels.chunks import EPS, inverse
 from pallas_kernels.linear_attention import Offset
@@ -89,14 +94,8 @@ def _backward(pieces, residuals, cotangents):
     (d_log_decay,) = jax.vjp(of_decay, log_decay)[1](cotangents)
     # What EPS leaves: else the scale cancels.
     d_scale = EPS * jnp.sum(delta)
-    return (
-        d_query,
-        sum_of_groups(d_key, key),
-        sum_of_groups(d_value, value),
-        (d_scale / scale).astype(scale.dtype),
-        d_log_decay,
-        d_entering[:, :, 0],
-    )
+    grads = (d_query, d_key, d_value), d_scale / scale, d_log_decay, d_entering
+    return to_operands((key, value, scale), *grads)
 
 
 attention.defvjp(_forward, _backward)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from attnx._groups import sum_of_groups
 from pallas_kernels.batching import mappable
 from pallas_kernels.chunks import CHUNK
 from pallas_kernels.linear_attention import Counted, Decay, linear_scan
@@ -75,6 +76,24 @@ def entering_states(
 def parted(state, by=None):
     """A state without its last column, and that."""
     return state[..., :-1], Counted(state[..., -1], by)
+
+
+def to_operands(operands, d_tokens, d_scale, d_log_decay, d_entering):
+    """Gradients of query, key, value, scale, decay and initial state, as these are.
+
+    `operands` are key, value and scale; `d_tokens` have a head of keys for each of the
+    queries; `d_entering` is of the states that enter the pieces, or None.
+    """
+    key, value, scale = operands
+    d_query, d_key, d_value = d_tokens
+    return (
+        d_query,
+        sum_of_groups(d_key, key),
+        sum_of_groups(d_value, value),
+        d_scale.astype(scale.dtype),
+        d_log_decay,
+        None if d_entering is None else d_entering[:, :, 0],
+    )
 
 
 def decay_of(log_decay, scale, chunk_size=CHUNK) -> Decay:
