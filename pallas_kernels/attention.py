@@ -21,7 +21,7 @@ from pallas_kernels import mosaic, products
 from pallas_kernels import rows as gathering
 from pallas_kernels.masking import ROWS, Lists, Masking, Sees, Visits
 from pallas_kernels.mosaic import LOG2E, ROW, TILE
-from pallas_kernels.turns import Turns, divided
+from pallas_kernels.turns import Turns, divided, place
 
 TURN = 4  # The first of the named barriers for turns; Mosaic uses those below.
 
@@ -41,6 +41,7 @@ def attention(
     stages: int,
     warpgroups: int = 2,
     tiles: int = 1,
+    short: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """Attends each query block to the key blocks that it lists.
 
@@ -63,6 +64,7 @@ def attention(
       warpgroups: 1 to 3, of 64 queries each, that share the keys.
       tiles: tiles of queries that a block of threads serves in turn. More than one
         hides, where lists are short, how a tile begins and ends.
+      short: so many tiles at the start of each head are served after all others.
 
     Returns:
       The output `[B, T, N, V]` and the log-sum-exp in base 2, float32 `[B, N, T]`.
@@ -98,9 +100,9 @@ def attention(
         def place_of(t):
             """The batch, head and first query of the tile of turn t."""
             number, b = divided(turns.number(me, t), batch)
-            h, i = divided(number, num_tiles)
             # Later tiles of a causal mask visit more: the longest start first.
-            return b, h, (num_tiles - 1 - i) * tile
+            h, i = place(number, heads, num_tiles, short)
+            return b, h, i * tile
 
         def visits_of(t):
             """The key blocks of a tile, and the steps that they take."""

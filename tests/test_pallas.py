@@ -14,6 +14,7 @@ import attnx
 from attnx import BlockMask, masks
 from attnx.softmax import pallas
 from pallas_kernels import mosaic
+from pallas_kernels.turns import in_order, place
 
 SINCE_0_11 = jax.__version_info__ >= (0, 11)
 SOFTMAX = attnx.dot_product_attention
@@ -330,9 +331,9 @@ def test_a_query_that_sees_nothing_gives_nothing():
 
 
 @pytest.mark.skipif(not SINCE_0_11, reason="takes long before jax 0.11")
-@pytest.mark.parametrize("tiles", [2, 4])
-def test_a_block_of_threads_serves_several_tiles(tiles, monkeypatch):
-    monkeypatch.setattr(pallas, "_tiles_in_turn", lambda *_, **__: tiles)
+@pytest.mark.parametrize(("tiles", "short"), [(2, 0), (4, 1)])
+def test_a_block_of_threads_serves_several_tiles(tiles, short, monkeypatch):
+    monkeypatch.setattr(pallas, "_tiles_in_turn", lambda *_: (tiles, short))
 
     def both(*args, implementation):
         call = functools.partial(
@@ -356,26 +357,40 @@ def test_a_block_of_threads_serves_several_tiles(tiles, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("tiles", "options"),
+    ("tiles", "short", "options"),
     [
-        (16, {}),
-        (16, {"local_window_size": (1023, 0)}),
-        (1, {"is_causal": True}),
+        (16, 0, {}),
+        # The first eight tiles of a head list fewer keys: they come last.
+        (16, 8, {"local_window_size": (1023, 0)}),
+        (1, 0, {"is_causal": True}),
         # Each block of threads meets the head that sees far once.
-        (16, {"mask": masks.Window(jnp.array([*[70] * 15, 900]), 0)}),
+        (16, 8, {"mask": masks.Window(jnp.array([*[70] * 15, 900]), 0)}),
     ],
 )
 def test_known_lists_may_leave_one_block_of_threads_a_multiprocessor(
-    tiles, options, monkeypatch
+    tiles, short, options, monkeypatch
 ):
     found = []
 
-    def kernel(query, *_, tiles, **rest):
-        found.append(tiles)
+    def kernel(query, *_, tiles, short, **rest):
+        found.append((tiles, short))
         batch, length, heads, _ = query.shape
         return query, jnp.zeros((batch, heads, length))
 
     monkeypatch.setattr(pallas, "attention_kernel", kernel)
     call = functools.partial(SOFTMAX, implementation="pallas", **options)
     jax.eval_shape(jax.jit(call), *structs(shapes(1, 16384, 16, 128), "bfloat16"))
-    assert found == [tiles]
+    assert found == [(tiles, short)]
+
+
+@pytest.mark.parametrize("short", [0, 3])
+def test_tiles_have_a_number_each(short):
+    costs = np.arange(2 * 3 * 10).reshape(2, 3, 10)
+    ordered = in_order(costs, short)
+    assert sorted(ordered) == list(range(60))
+    for number, wanted in enumerate(ordered):
+        of_batch, batch = divmod(number, 2)
+        head, tile = place(jnp.int32(of_batch), 3, 10, short)
+        assert costs[batch, head, tile] == wanted
+    if short:  # The first of each head come after all others.
+        assert (ordered[-2 * 3 * short :] % 10 < short).all()

@@ -35,7 +35,7 @@ def routed(query, key, value, implementation, scope="head"):
 
 @pytest.mark.parametrize("tiles", [pytest.param(1, marks=LONG), 2])
 def test_rows_of_each_block_are_gathered(tiles, monkeypatch):
-    monkeypatch.setattr(pallas, "_tiles_in_turn", lambda *_, **__: tiles)
+    monkeypatch.setattr(pallas, "_tiles_in_turn", lambda *_, **__: (tiles, 0))
     args = normal(0, (1, T, 2, 32), (1, S, 1, 32), (1, S, 1, 32), dtype="bfloat16")
     with mosaic.interpret():
         got = jax.jit(functools.partial(routed, implementation="pallas"))(*args)

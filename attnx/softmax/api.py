@@ -84,7 +84,9 @@ def dot_product_attention(
     if is_causal:
         extra.append(Causal())
     if local_window_size is not None:
-        extra.append(_window(local_window_size))
+        window = _window(local_window_size)
+        # What a causal mask hides already costs no comparison.
+        extra.append(Window(window.left, None) if is_causal else window)
     if query_seq_lengths is not None or key_value_seq_lengths is not None:
         lengths = (
             _lengths("query_seq_lengths", query_seq_lengths, sizes[0]),

@@ -54,7 +54,13 @@ class Window(Mask):
                 expect(size >= 0, f"Window {side}", "at least 0", size)
 
     def __call__(self, batch, head, query, key):
-        return self._between(head, query - key, query - key)
+        # Each side alone before they meet: a comparison for each pair.
+        seen = jnp.ones((1, 1, 1, 1), bool)
+        if self.left is not None:
+            seen &= query - _at(self.left, head) <= key
+        if self.right is not None:
+            seen &= key - _at(self.right, head) <= query
+        return seen
 
     def bounds(self, tiles):
         low = tiles.query_low - tiles.key_high

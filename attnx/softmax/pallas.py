@@ -25,7 +25,7 @@ from pallas_kernels.batching import mappable
 from pallas_kernels.masking import ROWS, Lists, Masking
 from pallas_kernels.mosaic import LOG2E, wrong_device
 from pallas_kernels.predicate import Untraceable, trace
-from pallas_kernels.turns import PROCESSORS, loads
+from pallas_kernels.turns import PROCESSORS, in_order, loads
 
 BLOCK = 128
 HEAD_SIZES = (32, 64, 96, 128, 256)
@@ -37,6 +37,9 @@ _NARROW = 64
 # to begin and to end, in blocks of keys: a window's nine took a tenth less without it.
 _SHORT = 4
 _BESIDE = 0.85
+# The share of a head's tiles that may be served out of order. Neighbours, served at the
+# same time, find each other's keys in the cache.
+_FEW = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,10 +199,9 @@ def _forward(call, query, key, value, lists, grad_lists, looked_up, rows, known)
     tile = warpgroups * ROWS
     in_block = call.masking.query_block // tile
     costs = _costs(call.block_mask.counts, (batch, heads), in_block)
-    if costs is not None:  # Batches come first, then tiles from the last, then heads.
-        costs = costs[..., ::-1].transpose(1, 2, 0)
     is_short = lists.indices.shape[-1] <= _SHORT
-    short = batch * heads * -(-length // tile) if is_short else 0
+    many = batch * heads * -(-length // tile) if is_short else 0
+    tiles, short = (1, 0) if size > _WIDEST_FUSED else _tiles_in_turn(costs, many)
     kernel = mappable(
         attention_kernel,
         call.masking,
@@ -207,7 +209,8 @@ def _forward(call, query, key, value, lists, grad_lists, looked_up, rows, known)
         key_tile=key_tile(query, value),
         stages=3 if small else 2,
         warpgroups=warpgroups,
-        tiles=1 if size > _WIDEST_FUSED else _tiles_in_turn(costs, short=short),
+        tiles=tiles,
+        short=short,
     )
     first = None if head is None else head[None]
     out, lse = kernel((query, key, value), (lists, looked_up, index, first))
@@ -215,27 +218,34 @@ def _forward(call, query, key, value, lists, grad_lists, looked_up, rows, known)
     return (out, jnp.swapaxes(lse, 1, 2) / LOG2E), residuals
 
 
-def _tiles_in_turn(costs, *, short=0):
-    """Tiles for each block of threads: a tile is begun while the one before it ends.
+def _tiles_in_turn(costs, many=0):
+    """Tiles for each block of threads, and how many of a head are served last.
 
-    Where lists are known and come to about the same, one block of threads is left for
-    each multiprocessor. Others are better balanced by blocks that start as others end;
-    of lists that are `short`, so many in all, these serve a few.
+    A tile is begun while the one before it ends. Where lists are known and come to
+    about the same, one block of threads is left for each multiprocessor. Others are
+    better balanced by blocks that start as others end; of lists that are short, `many`
+    in all, these serve a few.
 
     Args:
-      costs: of each tile, as the kernel numbers them, or None.
+      costs: of each tile, `[B, N, tiles]`, or None.
     """
     if costs is not None:
         tiles = -(-costs.size // PROCESSORS)
         apart = (costs.sum() + _BESIDE * costs.size) / PROCESSORS + costs.max() / 2
-        if loads(costs.ravel(), tiles).max() < apart:
-            return tiles
+        # A window lists less for the first tiles of a head.
+        first = int((costs < costs.max()).all((0, 1)).argmin())
+        last = first if first <= costs.shape[-1] * _FEW else 0
+        load, short = min(
+            (loads(in_order(costs, short), tiles).max(), short) for short in (0, last)
+        )
+        if load < apart:
+            return tiles, short
 
     def cost(count):
         """Of all tiles, where a block of threads adds half a tile of its own."""
-        return -(-short // (count * PROCESSORS)) * (count + 0.5)
+        return -(-many // (count * PROCESSORS)) * (count + 0.5)
 
-    return min((1, 2, 4, 8), key=cost) if short else 1
+    return (min((1, 2, 4, 8), key=cost) if many else 1), 0
 
 
 def _costs(counts, shape, tiles):
