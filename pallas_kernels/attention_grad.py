@@ -73,6 +73,7 @@ def attention_grad(
     by_rows = query_tile == 2 * ROWS
     columns_held = head_size if by_rows else head_size // 2
     log2_scale = scale * LOG2E
+    swizzle = mosaic.swizzle_of(columns_held, dtype)
     words = len(masking.predicate.words) if masking.predicate else 0
 
     def body(*refs):
@@ -136,7 +137,7 @@ def attention_grad(
                 ds_now = ds_s.at[lax.rem(j, jnp.int32(2))]
                 me = mosaic.again(wg)
                 own = pl.ds(me * ROWS, ROWS)
-                ds_now.at[own][...] = ds
+                mosaic.store(ds_now.at[own], ds, swizzle)
                 mosaic.meet(PAIR, pair)
                 if by_rows:
                     queries, part, held = own, 0, pl.ds(0, head_size)
@@ -240,7 +241,6 @@ def attention_grad(
         pl.when(wg < 2)(consume)
         pl.when(wg == 2)(produce)
 
-    swizzle = mosaic.swizzle_of(columns_held, dtype)
     slots = functools.partial(plgpu.Barrier, num_barriers=stages)
     parts = head_size // columns_held
     d_query = jnp.zeros(

@@ -89,7 +89,7 @@ class Sees:
         """
         if self._words is None:
             return
-        iota = mosaic.iota(self._shape[1], 0)
+        iota = mosaic.again(mosaic.iota(self._shape[1], 0))
         words = self._predicate.make_words(
             self._arguments(start, offset + iota),
             self._values(lambda i: (self._load(i, start + offset, 1, ROW), 1)),
