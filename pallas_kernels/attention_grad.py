@@ -81,7 +81,7 @@ def attention_grad(
         looked_up_g = refs[9 : 9 + len(looked_up)]
         dq_g, dk_g, dv_g, *local = refs[9 + len(looked_up) :]
         k_s, v_s, q_s, do_s, row_s, ds_s, words_s, *barriers, acc_k, acc_v = local
-        kv_full, q_full, do_full, q_free, do_free, pair = barriers
+        kv_full, full, q_free, do_free, pair = barriers
         head, i, b = (lax.axis_index(axis) for axis in ("h", "k", "b"))
         wg = lax.axis_index("wg")
         start = i * tile
@@ -123,8 +123,7 @@ def attention_grad(
                         p = jnp.where(sees(*query_start(j)), p, 0.0)
                     return p
 
-                plgpu.barrier_wait(q_full.at[slot])
-                plgpu.barrier_wait(do_full.at[slot])
+                plgpu.barrier_wait(full.at[slot])
                 p, dp = products.two_products(
                     (k, mosaic.transposed(q)),
                     (v, mosaic.transposed(do)),
@@ -219,17 +218,17 @@ def attention_grad(
                     rows = pl.ds(sum(query_start(j)), query_tile)
                     again = j >= stages
                     pl.when(again)(lambda: plgpu.barrier_wait(q_free.at[slot]))
-                    full = q_full.at[slot]
-                    plgpu.copy_gmem_to_smem(q_g.at[b, rows, head], q_s.at[slot], full)
+                    there = full.at[slot]
+                    plgpu.copy_gmem_to_smem(q_g.at[b, rows, head], q_s.at[slot], there)
                     plgpu.copy_gmem_to_smem(
-                        lse_g.at[b, head, rows], row_s.at[slot, 0], full
+                        lse_g.at[b, head, rows], row_s.at[slot, 0], there
                     )
                     plgpu.copy_gmem_to_smem(
-                        delta_g.at[b, head, rows], row_s.at[slot, 1], full
+                        delta_g.at[b, head, rows], row_s.at[slot, 1], there
                     )
                     pl.when(again)(lambda: plgpu.barrier_wait(do_free.at[slot]))
                     plgpu.copy_gmem_to_smem(
-                        do_g.at[b, rows, head], do_s.at[slot], do_full.at[slot]
+                        do_g.at[b, rows, head], do_s.at[slot], there
                     )
 
                 @pl.loop(jnp.maximum(steps - stages, 0), steps)
@@ -263,8 +262,7 @@ def attention_grad(
             mosaic.tiled((2, tile, query_tile), dtype, swizzle),
             plgpu.SMEM((2, words, query_tile), jnp.int32) if words else None,
             plgpu.Barrier(num_arrivals=2),
-            slots(num_arrivals=3),
-            slots(),
+            slots(num_arrivals=4),
             slots(num_arrivals=2),
             slots(num_arrivals=2),
             mosaic.emulated(plgpu.Barrier(num_arrivals=2)),
