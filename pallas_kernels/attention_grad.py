@@ -145,7 +145,7 @@ def attention_grad(
                     held = pl.ds(me * columns_held, columns_held)
 
                 def write(d_query):
-                    start = sum(query_start(j)) + queries.start
+                    start = sum(query_start(mosaic.again(j))) + queries.start
                     place = b, head, lax.div(start, jnp.int32(ROWS)), part
                     fragments.add(dq_g.at[place], d_query)
 
@@ -192,6 +192,7 @@ def attention_grad(
             )
             # Both have read the keys before either writes over them.
             mosaic.meet(PAIR, pair)
+            first_row = mosaic.again(wg) * ROWS
             k, v = k_s.at[pl.ds(first_row, ROWS)], v_s.at[pl.ds(first_row, ROWS)]
             k[...] = (d_key * scale).astype(dtype)
             v[...] = d_value.astype(dtype)

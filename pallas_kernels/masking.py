@@ -51,8 +51,15 @@ class Visits:
             row,
         )
         self._indices = indices
-        self.count = counts[self._row]
-        self.partial_count = partial_counts[self._row]
+        self._counts, self._partial_counts = counts, partial_counts
+
+    @property
+    def count(self):
+        return self._counts[self._row]
+
+    @property
+    def partial_count(self):
+        return self._partial_counts[self._row]
 
     def block(self, j):
         return self._indices[(*self._row, j)]
