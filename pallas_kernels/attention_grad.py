@@ -73,6 +73,7 @@ def attention_grad(
     by_rows = query_tile == 2 * ROWS
     columns_held = head_size if by_rows else head_size // 2
     log2_scale = scale * LOG2E
+    swizzle = mosaic.swizzle_of(columns_held, dtype)
     words = len(masking.predicate.words) if masking.predicate else 0
 
     def body(*refs):
@@ -80,7 +81,7 @@ def attention_grad(
         looked_up_g = refs[9 : 9 + len(looked_up)]
         dq_g, dk_g, dv_g, *local = refs[9 + len(looked_up) :]
         k_s, v_s, q_s, do_s, row_s, ds_s, words_s, *barriers, acc_k, acc_v = local
-        kv_full, q_full, do_full, q_free, do_free, pair = barriers
+        kv_full, full, q_free, do_free, pair = barriers
         head, i, b = (lax.axis_index(axis) for axis in ("h", "k", "b"))
         wg = lax.axis_index("wg")
         start = i * tile
@@ -122,8 +123,7 @@ def attention_grad(
                         p = jnp.where(sees(*query_start(j)), p, 0.0)
                     return p
 
-                plgpu.barrier_wait(q_full.at[slot])
-                plgpu.barrier_wait(do_full.at[slot])
+                plgpu.barrier_wait(full.at[slot])
                 p, dp = products.two_products(
                     (k, mosaic.transposed(q)),
                     (v, mosaic.transposed(do)),
@@ -136,7 +136,7 @@ def attention_grad(
                 ds_now = ds_s.at[lax.rem(j, jnp.int32(2))]
                 me = mosaic.again(wg)
                 own = pl.ds(me * ROWS, ROWS)
-                ds_now.at[own][...] = ds
+                mosaic.store(ds_now.at[own], ds, swizzle)
                 mosaic.meet(PAIR, pair)
                 if by_rows:
                     queries, part, held = own, 0, pl.ds(0, head_size)
@@ -145,7 +145,7 @@ def attention_grad(
                     held = pl.ds(me * columns_held, columns_held)
 
                 def write(d_query):
-                    start = sum(query_start(j)) + queries.start
+                    start = sum(query_start(mosaic.again(j))) + queries.start
                     place = b, head, lax.div(start, jnp.int32(ROWS)), part
                     fragments.add(dq_g.at[place], d_query)
 
@@ -192,6 +192,7 @@ def attention_grad(
             )
             # Both have read the keys before either writes over them.
             mosaic.meet(PAIR, pair)
+            first_row = mosaic.again(wg) * ROWS
             k, v = k_s.at[pl.ds(first_row, ROWS)], v_s.at[pl.ds(first_row, ROWS)]
             k[...] = (d_key * scale).astype(dtype)
             v[...] = d_value.astype(dtype)
@@ -218,17 +219,17 @@ def attention_grad(
                     rows = pl.ds(sum(query_start(j)), query_tile)
                     again = j >= stages
                     pl.when(again)(lambda: plgpu.barrier_wait(q_free.at[slot]))
-                    full = q_full.at[slot]
-                    plgpu.copy_gmem_to_smem(q_g.at[b, rows, head], q_s.at[slot], full)
+                    there = full.at[slot]
+                    plgpu.copy_gmem_to_smem(q_g.at[b, rows, head], q_s.at[slot], there)
                     plgpu.copy_gmem_to_smem(
-                        lse_g.at[b, head, rows], row_s.at[slot, 0], full
+                        lse_g.at[b, head, rows], row_s.at[slot, 0], there
                     )
                     plgpu.copy_gmem_to_smem(
-                        delta_g.at[b, head, rows], row_s.at[slot, 1], full
+                        delta_g.at[b, head, rows], row_s.at[slot, 1], there
                     )
                     pl.when(again)(lambda: plgpu.barrier_wait(do_free.at[slot]))
                     plgpu.copy_gmem_to_smem(
-                        do_g.at[b, rows, head], do_s.at[slot], do_full.at[slot]
+                        do_g.at[b, rows, head], do_s.at[slot], there
                     )
 
                 @pl.loop(jnp.maximum(steps - stages, 0), steps)
@@ -240,7 +241,6 @@ def attention_grad(
         pl.when(wg < 2)(consume)
         pl.when(wg == 2)(produce)
 
-    swizzle = mosaic.swizzle_of(columns_held, dtype)
     slots = functools.partial(plgpu.Barrier, num_barriers=stages)
     parts = head_size // columns_held
     d_query = jnp.zeros(
@@ -263,8 +263,7 @@ def attention_grad(
             mosaic.tiled((2, tile, query_tile), dtype, swizzle),
             plgpu.SMEM((2, words, query_tile), jnp.int32) if words else None,
             plgpu.Barrier(num_arrivals=2),
-            slots(num_arrivals=3),
-            slots(),
+            slots(num_arrivals=4),
             slots(num_arrivals=2),
             slots(num_arrivals=2),
             mosaic.emulated(plgpu.Barrier(num_arrivals=2)),

@@ -51,8 +51,15 @@ class Visits:
             row,
         )
         self._indices = indices
-        self.count = counts[self._row]
-        self.partial_count = partial_counts[self._row]
+        self._counts, self._partial_counts = counts, partial_counts
+
+    @property
+    def count(self):
+        return self._counts[self._row]
+
+    @property
+    def partial_count(self):
+        return self._partial_counts[self._row]
 
     def block(self, j):
         return self._indices[(*self._row, j)]
@@ -89,7 +96,7 @@ class Sees:
         """
         if self._words is None:
             return
-        iota = mosaic.iota(self._shape[1], 0)
+        iota = mosaic.again(mosaic.iota(self._shape[1], 0))
         words = self._predicate.make_words(
             self._arguments(start, offset + iota),
             self._values(lambda i: (self._load(i, start + offset, 1, ROW), 1)),

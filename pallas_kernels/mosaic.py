@@ -23,6 +23,7 @@ from jax._src.pallas.mosaic_gpu.interpret.params import (  # Public since 0.11.
     InterpretGPUParams,
     force_gpu_interpret_mode,
 )
+from jax.experimental.mosaic import gpu as mgpu
 
 TILE = plgpu.Layout.WGMMA
 # Vectors along the rows of a tile, and along its columns.
@@ -209,6 +210,38 @@ def again(x):
     return lax.optimization_barrier(x)
 
 
+def store(ref, x, swizzle: int):
+    """`ref[...] = x`, a tile to shared memory made by `tiled` with that swizzle.
+
+    Addresses are made here: those of swizzled columns are the same whenever a loop
+    comes by, so that LLVM would make them before it and keep them in registers.
+    """
+    if interpreted():
+        ref[...] = x
+        return
+
+    @plgpu.inline_mgpu(arg_types=(_tiled_type(swizzle, x.dtype), TILE))
+    def run(_, ref, x):
+        with _threads_counted_here():
+            x.store_tiled(ref, swizzle)
+
+    run(ref, x)
+
+
+@contextlib.contextmanager
+def _threads_counted_here():
+    """Mosaic asks for the number of the thread in a way that stays where it is."""
+    i32 = ir.IntegerType.get_signless(32)
+    before = mgpu.utils.thread_idx
+    mgpu.utils.thread_idx = lambda: llvm.inline_asm(
+        i32, [], "mov.u32 $0, %tid.x;", "=r", has_side_effects=True
+    )
+    try:
+        yield
+    finally:
+        mgpu.utils.thread_idx = before
+
+
 def emulated(scratch):
     """Scratch for the interpreter alone, in place of what only the hardware has."""
     return scratch if interpreted() else None
@@ -251,8 +284,11 @@ def ref_type(ref):
     base = ref
     while hasattr(base, "ref"):
         base = base.ref
-    swizzle = swizzle_of(base.shape[-1], base.dtype)
-    columns = swizzle // jnp.dtype(base.dtype).itemsize
+    return _tiled_type(swizzle_of(base.shape[-1], base.dtype), base.dtype)
+
+
+def _tiled_type(swizzle, dtype):
+    columns = swizzle // jnp.dtype(dtype).itemsize
     return plgpu.RefType(
         (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle))
     )

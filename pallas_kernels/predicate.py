@@ -117,7 +117,10 @@ class Predicate:
 
     @functools.cached_property
     def words(self) -> tuple[Any, ...]:
-        """What meets the keys, depends on the row alone, and takes long to make."""
+        """What meets the keys, depends on the row alone, and takes long to make.
+
+        What is looked up does: memory is far, and a thread would hold it meanwhile.
+        """
         along = {self._arguments[3]: {QUERY}, self._arguments[5]: {KEY}}
         for var, lookup in zip(self._looked_up, self.lookups, strict=True):
             along[var] = {lookup.by} - {None}
@@ -129,12 +132,15 @@ class Predicate:
                 words |= dict.fromkeys(_variables(eqn.invars))
 
         def is_long(var):
+            eqns = _leading_to(self._jaxpr, [var], self._looked_up)
             made = [
                 eqn.primitive.name in _ELEMENTWISE
-                for eqn in _leading_to(self._jaxpr, [var], self._looked_up)
+                for eqn in eqns
                 if along[eqn.outvars[0]] == {QUERY}
             ]
-            return sum(made) >= _LONG
+            inputs = {var}.union(*(_variables(eqn.invars) for eqn in eqns))
+            from_memory = any(along.get(x) for x in inputs & set(self._looked_up))
+            return from_memory or sum(made) >= _LONG
 
         return tuple(
             var

@@ -111,6 +111,30 @@ def test_what_takes_long_along_the_queries_can_be_handed_over(stride):
         np.testing.assert_array_equal(predicate(indices, [], shape, words), want)
 
 
+@pytest.mark.parametrize("name", ["documents", "looked up"])
+def test_what_the_queries_look_up_is_handed_over(name):
+    predicate, arrays = traced(MASKS[name])
+    assert len(predicate.words) == 1
+    rows, columns = jnp.arange(64, 128), jnp.arange(192)
+    indices = [(jnp.int32(0), None), (jnp.int32(1), None)]
+    indices += [(jnp.int32(0), None), (rows, 0), (jnp.int32(0), None), (columns, 1)]
+    by = {QUERY: (rows, 0), KEY: (columns, 1)}
+
+    def seen(*words, queries=1):
+        looked_up = []
+        for lookup, array in zip(predicate.lookups, arrays, strict=True):
+            at, axis = by[lookup.by]
+            values = array[0, 0, at] * (queries if lookup.by == QUERY else 1)
+            looked_up.append((values, axis))
+        return predicate(indices, looked_up, (64, 192), words)
+
+    (query,) = (i for i, x in enumerate(predicate.lookups) if x.by == QUERY)
+    word = arrays[query][0, 0, rows], 0
+    assert 0 < seen().sum() < seen().size
+    # The queries' own are not asked for where the word is there.
+    np.testing.assert_array_equal(seen(word, queries=0), seen())
+
+
 def test_what_is_made_at_once_stays_where_it_is():
-    for name in ("causal", "window", "documents", "looked up"):
+    for name in ("causal", "window"):
         assert traced(MASKS[name])[0].words == ()
