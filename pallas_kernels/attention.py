@@ -30,7 +30,7 @@ def attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    before: tuple[jax.Array, jax.Array] | None,
+    so_far: tuple[jax.Array, jax.Array] | None,
     lists: Lists,
     looked_up: list[jax.Array],
     rows: jax.Array | None,
@@ -51,7 +51,7 @@ def attention(
         each warpgroup.
       key: `[B, S, K, H]`, S a multiple of 8; a ragged last block must be partial.
       value: `[B, S, K, V]`.
-      before: the result over other keys, to which these are added, for queries as they
+      so_far: the result over other keys, to which these are added, for queries as they
         come: the output in `fragments`, float32 `[B, N, T / 64, 64 V]`, and the
         log-sum-exp in base 2, -inf where no key was seen, float32 `[B, N, T]`.
       lists: the key blocks of each query block.
@@ -68,7 +68,7 @@ def attention(
       warpgroups: 1 to 3, of 64 queries each, that share the keys.
       tiles: tiles of queries that a block of threads serves in turn. More than one
         hides, where lists are short, how a tile begins and ends.
-      goes_on: the result is to be a `before` again, in the place of the one given.
+      goes_on: the result is to be a `so_far` again, in the place of the one given.
 
     Returns:
       The output `[B, T, N, V]` and the log-sum-exp in base 2, float32 `[B, N, T]`.
@@ -82,8 +82,8 @@ def attention(
         heads, query_len = rows.shape[1:]
         rows = rows.reshape(len(rows), heads, -1, tile)
     given = [x for x in (rows, head) if x is not None]
-    if before is not None and not goes_on:
-        given += before
+    if so_far is not None and not goes_on:
+        given += so_far
     shape = (ROWS, key_tile)
     taking_turns = warpgroups > 1
     split = masking.key_block // key_tile
@@ -99,7 +99,7 @@ def attention(
         [out_g, lse_g, q_s, k_s, v_s, out_s, lse_s, rows_s, *barriers] = refs[
             count + len(given) :
         ]
-        before_g = (out_g, lse_g) if goes_on else rows_g
+        so_far_g = (out_g, lse_g) if goes_on else rows_g
         q_full, q_free, k_full, v_full, k_free, v_free = barriers
         me, wg = lax.axis_index("block"), lax.axis_index("wg")
         first_head = 0 if head is None else rows_g[-1][0]
@@ -166,13 +166,13 @@ def attention(
 
             def beginning():
                 """The output, peaks and sums before the first key."""
-                if before is None:
+                if so_far is None:
                     return (
                         mosaic.full((ROWS, value_size), 0.0, TILE),
                         mosaic.full((ROWS,), -jnp.inf, ROW),
                         mosaic.full((ROWS,), 0.0, ROW),
                     )
-                sums_g, peaks_g = before_g
+                sums_g, peaks_g = so_far_g
                 # Of a tile's share past the end nothing is written.
                 first = jnp.minimum(start + first_row, query_len - ROWS)
                 at = b, h, lax.div(first, jnp.int32(ROWS))
@@ -198,7 +198,7 @@ def attention(
                 scores = products.product(q, mosaic.transposed(k_s.at[slot]))
                 plgpu.barrier_arrive(k_free.at[slot])
                 m, l, alpha, p = update(j, scores, m, l, masked)
-                if before is not None:
+                if so_far is not None:
                     acc = acc * mosaic.along(alpha, 0, acc.shape)
                 return acc, m, l, p.astype(dtype)
 
@@ -379,7 +379,7 @@ def attention(
     return call(
         body,
         (query, key, value, *lists, *looked_up, *given),
-        before if goes_on else outputs,
+        so_far if goes_on else outputs,
         scratch=[
             mosaic.tiled((buffers, tile, head_size), dtype),
             mosaic.tiled((stages, key_tile, head_size), dtype),

@@ -207,7 +207,7 @@ def _forward(call, query, key, value, lists, grad_lists, looked_up, rows, known)
 
 
 def _attend(
-    call, query, key, value, lists, looked_up, rows, before=None, *, goes_on=False
+    call, query, key, value, lists, looked_up, rows, so_far=None, *, goes_on=False
 ):
     batch, length, heads, _ = query.shape
     index = head = None
@@ -236,7 +236,7 @@ def _attend(
         goes_on=goes_on,
     )
     first = None if head is None else head[None]
-    return kernel((query, key, value, before), (lists, looked_up, index, first))
+    return kernel((query, key, value, so_far), (lists, looked_up, index, first))
 
 
 def _tiles_in_turn(costs, *, short=0):
@@ -287,7 +287,7 @@ def _backward(call, residuals, cotangents):
     return *pull(d_query), *grads, *[None] * 5
 
 
-def _gradients(call, residuals, cotangents, before=None, *, goes_on=False):
+def _gradients(call, residuals, cotangents, so_far=None, *, goes_on=False):
     query, key, value, lists, looked_up, out, lse = residuals
     d_out, d_lse = cotangents
     # A score's gradient is p (dp - delta); the log-sum-exp's own adds p d_lse to it.
@@ -329,8 +329,8 @@ def _gradients(call, residuals, cotangents, before=None, *, goes_on=False):
         stages=2,
         goes_on=goes_on,
     )
-    d_query, d_key, d_value = kernel((*arrays, before), (by_key, looked_up))
-    if before is not None:  # All are summed, and nothing was added to whole tiles.
+    d_query, d_key, d_value = kernel((*arrays, so_far), (by_key, looked_up))
+    if so_far is not None:  # All are summed, and nothing was added to whole tiles.
         return d_query, d_key, d_value
     d_key, d_value = sum_of_groups(d_key, key), sum_of_groups(d_value, value)
     return d_query[:, :query_len], d_key, d_value
@@ -350,9 +350,9 @@ def _take(call, step, query, key, value, lists, grad_lists, looked_up, _, known)
     if step.cotangents is None:
         out, lse = step.sums
         batch, length, heads = lse.shape
-        before = _tiles(out), lse.reshape(batch, heads, length)
+        so_far = _tiles(out), lse.reshape(batch, heads, length)
         after = _attend(
-            call, query, key, value, lists, looked_up, None, before, goes_on=goes_on
+            call, query, key, value, lists, looked_up, None, so_far, goes_on=goes_on
         )
         if not goes_on:
             out, lse = after
@@ -361,8 +361,8 @@ def _take(call, step, query, key, value, lists, grad_lists, looked_up, _, known)
         out, lse = known
         lse = jnp.swapaxes(lse, 1, 2) * LOG2E
         residuals = query, key, value, grad_lists, looked_up, out, lse
-        before = tuple(_tiles(x) for x in step.sums)
-        after = _gradients(call, residuals, step.cotangents, before, goes_on=goes_on)
+        so_far = tuple(_tiles(x) for x in step.sums)
+        after = _gradients(call, residuals, step.cotangents, so_far, goes_on=goes_on)
         if not goes_on:
             return after
     return tuple(x.reshape(y.shape) for x, y in zip(after, step.sums, strict=True))
