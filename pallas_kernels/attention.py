@@ -17,7 +17,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import mosaic, products
+from pallas_kernels import fragments, mosaic, products
 from pallas_kernels import rows as gathering
 from pallas_kernels.masking import ROWS, Lists, Masking, Sees, Visits
 from pallas_kernels.mosaic import LOG2E, ROW, TILE
@@ -30,6 +30,7 @@ def attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
+    so_far: tuple[jax.Array, jax.Array] | None,
     lists: Lists,
     looked_up: list[jax.Array],
     rows: jax.Array | None,
@@ -42,6 +43,7 @@ def attention(
     warpgroups: int = 2,
     tiles: int = 1,
     short: int = 0,
+    goes_on: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Attends each query block to the key blocks that it lists.
 
@@ -50,6 +52,9 @@ def attention(
         each warpgroup.
       key: `[B, S, K, H]`, S a multiple of 8; a ragged last block must be partial.
       value: `[B, S, K, V]`.
+      so_far: the result over other keys, to which these are added, for queries as they
+        come: the output in `fragments`, float32 `[B, N, T / 64, 64 V]`, and the
+        log-sum-exp in base 2, -inf where no key was seen, float32 `[B, N, T]`.
       lists: the key blocks of each query block.
       looked_up: the arrays of `predicate.trace`.
       rows: int32 `[B or 1, N, M]`, M a multiple of the queries of a tile: which query
@@ -65,6 +70,7 @@ def attention(
       tiles: tiles of queries that a block of threads serves in turn. More than one
         hides, where lists are short, how a tile begins and ends.
       short: so many tiles at the start of each head are served after all others.
+      goes_on: the result is to be a `so_far` again, in the place of the one given.
 
     Returns:
       The output `[B, T, N, V]` and the log-sum-exp in base 2, float32 `[B, N, T]`.
@@ -78,6 +84,8 @@ def attention(
         heads, query_len = rows.shape[1:]
         rows = rows.reshape(len(rows), heads, -1, tile)
     given = [x for x in (rows, head) if x is not None]
+    if so_far is not None and not goes_on:
+        given += so_far
     shape = (ROWS, key_tile)
     taking_turns = warpgroups > 1
     split = masking.key_block // key_tile
@@ -93,6 +101,7 @@ def attention(
         [out_g, lse_g, q_s, k_s, v_s, out_s, lse_s, rows_s, *barriers] = refs[
             count + len(given) :
         ]
+        so_far_g = (out_g, lse_g) if goes_on else rows_g
         q_full, q_free, k_full, v_full, k_free, v_free = barriers
         me, wg = lax.axis_index("block"), lax.axis_index("wg")
         first_head = 0 if head is None else rows_g[-1][0]
@@ -157,6 +166,22 @@ def attention(
                     masking.predicate, looked_up_g, (b, h), (start, first_row), shape
                 )
 
+            def beginning():
+                """The output, peaks and sums before the first key."""
+                if so_far is None:
+                    return (
+                        mosaic.full((ROWS, value_size), 0.0, TILE),
+                        mosaic.full((ROWS,), -jnp.inf, ROW),
+                        mosaic.full((ROWS,), 0.0, ROW),
+                    )
+                sums_g, peaks_g = so_far_g
+                # Of a tile's share past the end nothing is written.
+                first = jnp.minimum(start + first_row, query_len - ROWS)
+                at = b, h, lax.div(first, jnp.int32(ROWS))
+                peak = mosaic.load(peaks_g.at[b, h, pl.ds(first, ROWS)], ROW)
+                total = jnp.where(peak == -jnp.inf, 0.0, 1.0)
+                return fragments.load(sums_g.at[at], value_size), peak, total
+
             def update(j, scores, m, l, masked):
                 if masked:
                     # A huge finite value would leave a residue where a whole row is
@@ -174,7 +199,9 @@ def attention(
                 plgpu.barrier_wait(k_full.at[slot])
                 scores = products.product(q, mosaic.transposed(k_s.at[slot]))
                 plgpu.barrier_arrive(k_free.at[slot])
-                m, l, _, p = update(j, scores, m, l, masked)
+                m, l, alpha, p = update(j, scores, m, l, masked)
+                if so_far is not None:
+                    acc = acc * mosaic.along(alpha, 0, acc.shape)
                 return acc, m, l, p.astype(dtype)
 
             def step(j, carry, masked):
@@ -205,13 +232,7 @@ def attention(
                 plgpu.barrier_arrive(v_free.at[slot])
                 return acc
 
-            vector = functools.partial(mosaic.full, (ROWS,), layout=ROW)
-            carry = (
-                mosaic.full((ROWS, value_size), 0.0, TILE),
-                vector(-jnp.inf),
-                vector(0.0),
-                mosaic.full(shape, 0.0, TILE, dtype),
-            )
+            carry = *beginning(), mosaic.full(shape, 0.0, TILE, dtype)
             has_partial = masking.predicate is not None
             partial = visits.partial_count * split if has_partial else 0
             if tiles > 1:
@@ -255,17 +276,24 @@ def attention(
             lse[...] = jnp.where(empty, -jnp.inf, m + jnp.log(l) * LOG2E)
             # The queries have been read: their place takes the output.
             out = (q_s if out_s is None else out_s).at[buffer, pl.ds(first_row, ROWS)]
-            out[...] = acc.astype(dtype)
+            if not goes_on:
+                out[...] = acc.astype(dtype)
             plgpu.commit_smem()
 
             is_mine = start + first_row < query_len
             if tiles > 1:
                 is_mine &= turns.exists(me, t)
+            if goes_on:  # Otherwise all is as it was.
+                is_mine &= steps > 0
 
             @pl.when(is_mine)
             def _():
                 rows = pl.ds(start + first_row, ROWS)
-                plgpu.copy_smem_to_gmem(out, out_g.at[b, rows, h])
+                if goes_on:
+                    at = b, h, lax.div(start + first_row, jnp.int32(ROWS))
+                    fragments.store(out_g.at[at], acc)
+                else:
+                    plgpu.copy_smem_to_gmem(out, out_g.at[b, rows, h])
                 plgpu.copy_smem_to_gmem(lse, lse_g.at[b, h, rows])
 
             return before + steps
@@ -345,13 +373,15 @@ def attention(
     slots = functools.partial(plgpu.Barrier, num_barriers=stages)
     queries = functools.partial(plgpu.Barrier, num_barriers=buffers)
     alone = head_size == value_size
-    return mosaic.call(
+    outputs = (
+        jax.ShapeDtypeStruct((batch, query_len, heads, value_size), dtype),
+        jax.ShapeDtypeStruct((batch, heads, query_len), jnp.float32),
+    )
+    call = mosaic.call_in_place if goes_on else mosaic.call
+    return call(
         body,
         (query, key, value, *lists, *looked_up, *given),
-        (
-            jax.ShapeDtypeStruct((batch, query_len, heads, value_size), dtype),
-            jax.ShapeDtypeStruct((batch, heads, query_len), jnp.float32),
-        ),
+        so_far if goes_on else outputs,
         scratch=[
             mosaic.tiled((buffers, tile, head_size), dtype),
             mosaic.tiled((stages, key_tile, head_size), dtype),

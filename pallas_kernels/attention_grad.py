@@ -29,6 +29,7 @@ def attention_grad(
     d_out: jax.Array,
     lse: jax.Array,
     delta: jax.Array,
+    so_far: tuple[jax.Array, jax.Array, jax.Array] | None,
     lists: Lists,
     looked_up: list[jax.Array],
     masking: Masking,
@@ -36,6 +37,7 @@ def attention_grad(
     scale: float,
     query_tile: int,
     stages: int,
+    goes_on: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of `attention`.
 
@@ -48,6 +50,9 @@ def attention_grad(
         float32 `[B, N, T]`.
       delta: the inner product of output and cotangent less the log-sum-exp's
         cotangent, float32 `[B, N, T]`.
+      so_far: gradients of other keys and queries to which these are added, zeros at
+        first, in `fragments`: float32 `[B, N, T / 64, 64 H]`, `[B, K, S / 64, 64 H]`
+        and `[B, K, S / 64, 64 V]`.
       lists: the query blocks that visit each key block.
       looked_up: the arrays of `predicate.trace`.
       masking: the blocks' sizes and the predicate.
@@ -55,11 +60,12 @@ def attention_grad(
       query_tile: queries of one step, a divisor of `masking.query_block`: 64, or 128
         where heads, of at most 64, leave registers and shared memory for them.
       stages: query tiles in flight.
+      goes_on: the result is to be a `so_far` again, in the place of the one given.
 
     Returns:
-      Gradients of query, key and value, the last two for each of the N heads. Heads
-      that share keys are not summed here: blocks of threads that walk one head at a
-      time find its queries in the cache.
+      Gradients of query, key and value, the last two for each of the N heads: blocks of
+      threads that walk one head at a time find its queries in the cache. Heads that
+      share keys are summed here only where there are gradients so far.
     """
     batch, query_len, heads, head_size = query.shape
     _, key_len, key_heads, value_size = value.shape
@@ -190,6 +196,15 @@ def attention_grad(
                 [None if ref is None else ref.at[wg] for ref in (acc_k, acc_v)],
                 [(ROWS, head_size), (ROWS, value_size)],
             )
+            if so_far is not None:
+                place = b, kv_head, lax.div(start + first_row, jnp.int32(ROWS))
+
+                @pl.when(visits.count > 0)
+                def _():
+                    fragments.add(dk_g.at[place], d_key)
+                    fragments.add(dv_g.at[place], d_value)
+
+                return
             # Both have read the keys before either writes over them.
             mosaic.meet(PAIR, pair)
             first_row = mosaic.again(wg) * ROWS
@@ -243,13 +258,16 @@ def attention_grad(
 
     slots = functools.partial(plgpu.Barrier, num_barriers=stages)
     parts = head_size // columns_held
-    d_query = jnp.zeros(
-        (batch, heads, query_len // ROWS, parts, ROWS * columns_held), jnp.float32
-    )
-    d_key, d_value = (
-        lax.empty((batch, key_len, heads, size), dtype)
-        for size in (head_size, value_size)
-    )
+    sums = (batch, heads, query_len // ROWS, parts, ROWS * columns_held)
+    if so_far is None:
+        d_query = jnp.zeros(sums, jnp.float32)
+        d_key, d_value = (
+            lax.empty((batch, key_len, heads, size), dtype)
+            for size in (head_size, value_size)
+        )
+    else:
+        d_query, d_key, d_value = so_far
+        d_query = d_query.reshape(sums)
     d_query, d_key, d_value = mosaic.call_in_place(
         body,
         (query, key, value, d_out, lse, delta, *lists, *looked_up),
@@ -276,4 +294,9 @@ def attention_grad(
         thread_name="wg",
         kernel_name="attention_grad",
     )
+    if goes_on:
+        return d_query.reshape(so_far[0].shape), d_key, d_value
+    if so_far is not None:
+        d_key = fragments.in_rows(d_key[:, :, :, None], scale, dtype)
+        d_value = fragments.in_rows(d_value[:, :, :, None], 1.0, dtype)
     return fragments.in_rows(d_query, scale, dtype), d_key, d_value

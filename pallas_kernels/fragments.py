@@ -52,6 +52,25 @@ def add(ref, x):
     run(ref, x)
 
 
+def store(ref, x):
+    """Puts a tile `[64, C]` in the place of such sums."""
+    if mosaic.interpreted():
+        ref[...] = x.reshape(ref.shape)
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), TILE))
+    def run(_, ref, x):
+        place = _place(ref)
+        for i, pairs in enumerate(x.registers.reshape(-1, 2)):
+            values = [_element(pair, j) for pair in pairs for j in range(2)]
+            four = vector.from_elements(
+                ir.VectorType.get((4,), ir.F32Type.get()), values
+            )
+            llvm.store(four, _step(place, i), alignment=16)
+
+    run(ref, x)
+
+
 def load(ref, columns: int):
     """The tile `[64, columns]` of such sums."""
     shape = (ROWS, columns)
@@ -67,9 +86,8 @@ def load(ref, columns: int):
         pair = ir.VectorType.get((2,), ir.F32Type.get())
         registers = np.empty(layout.registers_shape(shape), object)
         for i, pairs in enumerate(registers.reshape(-1, 2)):
-            four = getelementptr(place, [_STEP * i], ir.IntegerType.get_signless(8))
             four = llvm.load(
-                ir.VectorType.get((4,), ir.F32Type.get()), four, alignment=16
+                ir.VectorType.get((4,), ir.F32Type.get()), _step(place, i), alignment=16
             )
             for half in range(2):
                 pairs[half] = vector.from_elements(
@@ -124,6 +142,11 @@ def _place(ref):
     place = llvm.addrspacecast(llvm.PointerType.get(address_space=1), memref_ptr(ref))
     four = ir.VectorType.get((4,), ir.F32Type.get())
     return getelementptr(place, [thread], four)
+
+
+def _step(place, i):
+    """Where its bytes of the i-th 8 columns are."""
+    return getelementptr(place, [_STEP * i], ir.IntegerType.get_signless(8))
 
 
 def _element(values, i):

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from attnx._checks import expect
 from attnx.parallel.axes import AxisName, axis_size, from_next
 from attnx.parallel.pieces import key_ids, of_pieces
-from attnx.softmax import KernelConfig, merge_attention
+from attnx.softmax import KernelConfig
 from attnx.softmax.engine import attend, check_arrays
 from attnx.softmax.mask import Mask
 from attnx.softmax.masks import Causal, Full
+from attnx.softmax.steps import Step
 
 ORDERS = ("contiguous", "zigzag")
 
@@ -114,8 +115,8 @@ class _Call:
     known: list
     treedef: jax.tree_util.PyTreeDef
 
-    def attend(self, arrays, step, query, key, value, ids, known=None):
-        """Attends to the keys of the device that is `step` further on."""
+    def attend(self, arrays, distance, step, query, key, value, ids, known=None):
+        """Takes the step with the keys of the device that is so much further on."""
         remaining = iter(arrays)
         leaves = [next(remaining) if x is None else x for x in self.known]
         size = axis_size(self.axis_name)
@@ -125,7 +126,7 @@ class _Call:
             jax.tree.unflatten(self.treedef, leaves),
             ids,
             self._starts(here, query_size),
-            self._starts((here + step) % size, key_size),
+            self._starts((here + distance) % size, key_size),
             query_size,
             key_size,
         )
@@ -139,6 +140,7 @@ class _Call:
             scale=self.scale,
             implementation=self.implementation,
             known=known,
+            step=step,
         )
 
     def _starts(self, device, size):
@@ -156,28 +158,23 @@ def _ring(call, query, key, value, masking):
 def _forward(call, query, key, value, masking):
     arrays, ids = masking
 
-    def attend(step, merged, travels):
-        part = call.attend(arrays, step, query, *travels)
-        return merge_attention(*zip(merged, part, strict=True))
+    def attend(distance, sums, travels, *, is_last=False):
+        step = Step(sums, is_last=is_last)
+        return call.attend(arrays, distance, step, query, *travels)
 
-    def turn(carry, step):
-        merged, travels = carry
+    def turn(carry, distance):
+        sums, travels = carry
         # The next keys are on their way while these are attended to.
         coming = from_next(call.axis_name, travels)
-        return (attend(step, merged, travels), coming), None
+        return _together(attend(distance, sums, travels), coming), None
 
-    travels = key, value, ids
     # Made from the query, so as to be laid out over devices as it is.
     dtype = jnp.promote_types(query.dtype, jnp.float32)
     lse = jnp.full_like(query[..., 0], -jnp.inf, dtype)
-    merged = jnp.zeros_like(query[..., :1], dtype), lse
-    out = jnp.broadcast_to(merged[0], (*lse.shape, value.shape[-1]))
-    last = axis_size(call.axis_name) - 1
-    # Two at a time: their merges then read and write the sums once.
-    steps = jnp.arange(last)
-    carry, _ = jax.lax.scan(turn, ((out, lse), travels), steps, unroll=2)
-    out, lse = attend(last, *carry)
-    out = out.astype(query.dtype)
+    zero = jnp.zeros_like(query[..., :1], dtype)
+    sums = jnp.broadcast_to(zero, (*lse.shape, value.shape[-1])), lse
+    carry = _go_round(call, turn, (sums, (key, value, ids)))
+    out, lse = attend(axis_size(call.axis_name) - 1, *carry, is_last=True)
     return (out, lse), (query, key, value, masking, out, lse)
 
 
@@ -185,30 +182,38 @@ def _backward(call, residuals, cotangents):
     query, key, value, (arrays, ids), out, lse = residuals
     dtype = jnp.promote_types(query.dtype, jnp.float32)
 
-    def pull(step, d_query, travels, gradients):
-        key, value, ids = travels
+    def pull(distance, sums, travels, *, is_last=False):
+        step = Step(sums, cotangents, is_last)
+        return call.attend(arrays, distance, step, query, *travels, known=(out, lse))
 
-        def attend(*tokens):
-            return call.attend(arrays, step, *tokens, ids, known=(out, lse))
-
-        grads = jax.vjp(attend, query, key, value)[1](cotangents)
-        sums = (d_query, *gradients)
-        return tuple(x + y.astype(dtype) for x, y in zip(sums, grads, strict=True))
-
-    def turn(carry, step):
-        d_query, travels, gradients = carry
+    def turn(carry, distance):
+        sums, travels = carry
         coming = from_next(call.axis_name, travels)
-        d_query, *gradients = pull(step, d_query, travels, gradients)
-        return (d_query, coming, from_next(call.axis_name, gradients)), None
+        d_query, *gradients = pull(distance, sums, travels)
+        gradients = from_next(call.axis_name, gradients)
+        return _together((d_query, *gradients), coming), None
 
-    zeros = [jnp.zeros_like(x, dtype) for x in (query, key, value)]
-    carry = zeros[0], (key, value, ids), zeros[1:]
+    sums = tuple(jnp.zeros_like(x, dtype) for x in (query, key, value))
+    carry = _go_round(call, turn, (sums, (key, value, ids)))
     last = axis_size(call.axis_name) - 1
-    (d_query, *carry), _ = jax.lax.scan(turn, carry, jnp.arange(last))
-    d_query, *gradients = pull(last, d_query, *carry)
-    d_key, d_value = from_next(call.axis_name, gradients)
-    grads = zip((d_query, d_key, d_value), (query, key, value), strict=True)
-    return *(x.astype(like.dtype) for x, like in grads), None
+    d_query, *gradients = pull(last, *carry, is_last=True)
+    return d_query, *from_next(call.axis_name, gradients), None
+
+
+def _go_round(call, turn, carry):
+    """All turns but the last: `turn((sums, travels), distance)`."""
+    last = axis_size(call.axis_name) - 1
+    if last == 0:
+        return carry
+    # What a loop begins with it may write over: not these keys.
+    carry, _ = turn(carry, 0)
+    # Two at a time: what travels then goes from one place to another and back.
+    return jax.lax.scan(turn, carry, jnp.arange(1, last), unroll=2)[0]
+
+
+def _together(*carry):
+    """A carry whose parts are there at once: none is sent on before all are used."""
+    return jax.lax.optimization_barrier(carry)
 
 
 _ring.defvjp(_forward, _backward)

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from attnx._checks import expect, expect_float, expect_shape
 from attnx._dispatch import dispatch
-from attnx.softmax import pallas, pallas_decode, reference, xla
+from attnx.softmax import pallas, pallas_decode, reference, steps, xla
 from attnx.softmax.block_mask import BlockMask
 from attnx.softmax.mask import Mask
 from attnx.softmax.merge import as_part
@@ -38,7 +38,8 @@ def attend(
     rows: Rows | None = None,
     rest: tuple[jax.Array, jax.Array] | None = None,
     known: tuple[jax.Array, jax.Array] | None = None,
-) -> tuple[jax.Array, jax.Array]:
+    step: steps.Step | None = None,
+) -> tuple[jax.Array, ...]:
     """Runs the engine on checked arrays: what every softmax mechanism comes to.
 
     Args:
@@ -60,9 +61,11 @@ def attend(
       known: without them, the result over these keys and others, if there is one. Then
         nothing is attended: it is returned as it is, and its gradient is the part that
         goes by way of these keys.
+      step: without rows and bias, the sums to which what these keys give is added.
+        Those of gradients take what is known.
 
     Returns:
-      The output `[B, T, N, V]` and the log-sum-exp `[B, T, N]`.
+      The output `[B, T, N, V]` and the log-sum-exp `[B, T, N]`, or a step's sums.
     """
     batch, query_len, heads, head_size = query.shape
     if rows is not None:
@@ -126,7 +129,7 @@ def attend(
             query, key, value, bias, block_mask=blocks, scale=float(scale), known=known
         )
 
-    def by_pallas(query, key, value, bias, rows, rest, known):
+    def by_pallas(query, key, value, bias, rows, rest, known, step=None):
         if decodes and isinstance(mask, Mask):
             return pallas_decode.attention(
                 query, key, value, mask=mask, scale=float(scale)
@@ -147,13 +150,31 @@ def attend(
         grad_blocks = blocks if size == grad_size else block_mask(grad_size)
         run = functools.partial(run, block_mask=blocks, grad_block_mask=grad_blocks)
         if rows is None:
-            return run(query, key, value, known=known)
+            return run(query, key, value, known=known, step=step)
         # The kernel takes the rows itself.
         rows = rows.by(ROW_KERNELS)
         out, lse = run(query, key, value, rows=rows, known=rows.known_parts())
         return rows.merge(out, lse, rest)
 
-    candidates = {"reference": by_reference, "xla": by_xla, "pallas": by_pallas}
+    def in_steps(attend):
+        """By an implementation that knows of no steps."""
+
+        def run(query, key, value, bias, rows, rest, known, step):
+            def alone(*tokens, known=None):
+                return attend(*tokens, bias, rows, rest, known)
+
+            if step is None:
+                return alone(query, key, value, known=known)
+            return steps.take(alone, step, known, query, key, value)
+
+        return run
+
+    takes = step is None or pallas.takes(step, query, key, value, config)
+    candidates = {
+        "reference": in_steps(by_reference),
+        "xla": in_steps(by_xla),
+        "pallas": by_pallas if takes else in_steps(by_pallas),
+    }
     if rows is not None:  # Whose mask over all pairs is for the caller to write.
         del candidates["reference"]
     return dispatch(
@@ -172,6 +193,7 @@ def attend(
         rows,
         rest,
         known,
+        step,
     )
 
 
@@ -184,6 +206,7 @@ def unsupported(
     rows: Rows | None = None,
     rest: tuple[jax.Array, jax.Array] | None = None,
     known: tuple[jax.Array, jax.Array] | None = None,
+    step: steps.Step | None = None,
     *,
     mask: Mask | BlockMask,
     decodes: bool = False,

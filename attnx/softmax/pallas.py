@@ -16,6 +16,7 @@ from attnx.softmax.block_mask import BlockMask, transpose
 from attnx.softmax.mask import Mask
 from attnx.softmax.masks import Full
 from attnx.softmax.pallas_rows import Rows
+from attnx.softmax.steps import Step
 from pallas_kernels.attention import attention as attention_kernel
 from pallas_kernels.attention_grad import attention_grad as grad_kernel
 from pallas_kernels.attention_grad_ordered import (
@@ -67,14 +68,15 @@ def attention(
     config: KernelConfig = KernelConfig(),
     rows: Rows | None = None,
     known: tuple[jax.Array, jax.Array] | None = None,
-) -> tuple[jax.Array, jax.Array]:
+    step: Step | None = None,
+) -> tuple[jax.Array, ...]:
     """Attends over the listed blocks, as `reference.attention` over its mask.
 
     The backward walks the blocks of `grad_block_mask`, by default `block_mask`;
     `transposed` makes the lists of queries for each key block where there is a better
     way than from these. With `rows` the lists are for these rows of the query, which
     the forward kernel gathers itself. `known` is as in `engine.attend`, of the rows
-    if these are given.
+    if these are given; `step` too, one that `takes` says is served.
     """
     grad_block_mask = grad_block_mask or block_mask
     batch, query_len, heads, _ = query.shape
@@ -115,8 +117,23 @@ def attention(
         rest = padded[0].shape[1] - query_len
         lse = jnp.pad(lse, ((0, 0), (0, rest), (0, 0)), constant_values=-jnp.inf)
         known = _pad(out, rest), lse
-    out, lse = _attention(call, *padded, lists, grad_lists, looked_up, rows, known)
+    operands = *padded, lists, grad_lists, looked_up, rows, known
+    if step is not None:
+        return _take(call, step, *operands)
+    out, lse = _attention(call, *operands)
     return out[:, :query_len], lse[:, :query_len]
+
+
+def takes(
+    step: Step, query: jax.Array, key: jax.Array, value: jax.Array, config: KernelConfig
+) -> bool:
+    """Whether the kernels add to a step's sums themselves: of whole tiles, in float32.
+
+    Gradients in no fixed order.
+    """
+    if query.shape[1] % BLOCK or key.shape[1] % BLOCK:
+        return False
+    return step.cotangents is None or _fused(query, value, config)
 
 
 def unsupported(
@@ -187,6 +204,14 @@ def _forward(call, query, key, value, lists, grad_lists, looked_up, rows, known)
         out, lse = known
         lse = jnp.swapaxes(lse, 1, 2) * LOG2E
         return known, (query, key, value, grad_lists, looked_up, rows, out, lse)
+    out, lse = _attend(call, query, key, value, lists, looked_up, rows)
+    residuals = query, key, value, grad_lists, looked_up, rows, out, lse
+    return (out, jnp.swapaxes(lse, 1, 2) / LOG2E), residuals
+
+
+def _attend(
+    call, query, key, value, lists, looked_up, rows, so_far=None, *, goes_on=False
+):
     batch, length, heads, _ = query.shape
     index = head = None
     if rows is not None:
@@ -211,11 +236,10 @@ def _forward(call, query, key, value, lists, grad_lists, looked_up, rows, known)
         warpgroups=warpgroups,
         tiles=tiles,
         short=short,
+        goes_on=goes_on,
     )
     first = None if head is None else head[None]
-    out, lse = kernel((query, key, value), (lists, looked_up, index, first))
-    residuals = query, key, value, grad_lists, looked_up, rows, out, lse
-    return (out, jnp.swapaxes(lse, 1, 2) / LOG2E), residuals
+    return kernel((query, key, value, so_far), (lists, looked_up, index, first))
 
 
 def _tiles_in_turn(costs, many=0):
@@ -265,10 +289,16 @@ def _costs(counts, shape, tiles):
 
 
 def _backward(call, residuals, cotangents):
-    query, key, value, lists, looked_up, rows, out, lse = residuals
+    query, *others, rows, out, lse = residuals
     pull = lambda d_query: (d_query,)
     if rows is not None:
         query, pull = jax.vjp(rows.take, query)
+    d_query, *grads = _gradients(call, (query, *others, out, lse), cotangents)
+    return *pull(d_query), *grads, *[None] * 5
+
+
+def _gradients(call, residuals, cotangents, so_far=None, *, goes_on=False):
+    query, key, value, lists, looked_up, out, lse = residuals
     d_out, d_lse = cotangents
     # A score's gradient is p (dp - delta); the log-sum-exp's own adds p d_lse to it.
     delta = jnp.einsum("btnv,btnv->bnt", out, d_out, preferred_element_type=jnp.float32)
@@ -287,7 +317,7 @@ def _backward(call, residuals, cotangents):
     arrays += jnp.pad(lse, at_end, constant_values=jnp.inf), jnp.pad(delta, at_end)
     by_key = Lists(*transposed())
     size = max(query.shape[-1], value.shape[-1])
-    if call.config.deterministic or size > _WIDEST_FUSED:
+    if not _fused(query, value, call.config):
         stages = 1 if size > _WIDEST_FUSED else 2
         grads = []
         for by in ("query", "key", "value"):
@@ -300,20 +330,58 @@ def _backward(call, residuals, cotangents):
             visited = lists if by == "query" else by_key
             grads.append(kernel(arrays, (visited, looked_up)))
         d_query, d_key, d_value = grads
-        return *pull(d_query[:, :query_len]), d_key, d_value, *[None] * 5
+        return d_query[:, :query_len], d_key, d_value
     kernel = mappable(
         grad_kernel,
         call.grad_masking,
         scale=call.scale,
         query_tile=2 * ROWS if size <= _NARROW else ROWS,
         stages=2,
+        goes_on=goes_on,
     )
-    d_query, d_key, d_value = kernel(arrays, (by_key, looked_up))
+    d_query, d_key, d_value = kernel((*arrays, so_far), (by_key, looked_up))
+    if so_far is not None:  # All are summed, and nothing was added to whole tiles.
+        return d_query, d_key, d_value
     d_key, d_value = sum_of_groups(d_key, key), sum_of_groups(d_value, value)
-    return *pull(d_query[:, :query_len]), d_key, d_value, *[None] * 5
+    return d_query[:, :query_len], d_key, d_value
 
 
 _attention.defvjp(_forward, _backward)
+
+
+def _fused(query, value, config):
+    """Whether one kernel makes all gradients."""
+    size = max(query.shape[-1], value.shape[-1])
+    return size <= _WIDEST_FUSED and not config.deterministic
+
+
+def _take(call, step, query, key, value, lists, grad_lists, looked_up, _, known):
+    goes_on = not step.is_last
+    if step.cotangents is None:
+        out, lse = step.sums
+        batch, length, heads = lse.shape
+        so_far = _tiles(out), lse.reshape(batch, heads, length)
+        after = _attend(
+            call, query, key, value, lists, looked_up, None, so_far, goes_on=goes_on
+        )
+        if not goes_on:
+            out, lse = after
+            return out, jnp.swapaxes(lse, 1, 2) / LOG2E
+    else:
+        out, lse = known
+        lse = jnp.swapaxes(lse, 1, 2) * LOG2E
+        residuals = query, key, value, grad_lists, looked_up, out, lse
+        so_far = tuple(_tiles(x) for x in step.sums)
+        after = _gradients(call, residuals, step.cotangents, so_far, goes_on=goes_on)
+        if not goes_on:
+            return after
+    return tuple(x.reshape(y.shape) for x, y in zip(after, step.sums, strict=True))
+
+
+def _tiles(sums):
+    """`[B, T, N, H]` in the kernels' own order, `[B, N, T / 64, 64 H]`."""
+    batch, length, heads, size = sums.shape
+    return sums.reshape(batch, heads, length // ROWS, ROWS * size)
 
 
 def _predicate(mask, key_len, block):

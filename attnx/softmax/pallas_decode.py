@@ -86,7 +86,7 @@ def _attention(call, query, key, value, leaves):
         warpgroups=1,
     )
     out, lse = kernel(
-        (jnp.tile(rows, (1, parts, 1, 1)), key, value),
+        (jnp.tile(rows, (1, parts, 1, 1)), key, value, None),
         (_lists(mask, query, key, parts), looked_up, None, None),
     )
     lse = jnp.swapaxes(lse, 1, 2) / LOG2E
