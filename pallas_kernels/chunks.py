@@ -71,7 +71,7 @@ class Stream(NamedTuple):
         for name, tokens in self.tokens.items():
             stages = tokens.shape[0]
 
-            @pl.loop(chunks - stages, chunks)
+            @pl.loop(jnp.maximum(chunks - stages, 0), chunks)
             def _(n, free=self.free[name], stages=stages):
                 plgpu.barrier_wait(free.at[lax.rem(n, jnp.int32(stages))])
 

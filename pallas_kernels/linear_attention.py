@@ -30,10 +30,6 @@ from pallas_kernels.mosaic import COL, ROW, TILE
 
 # Of the state, what one block of threads holds.
 _COLUMNS, _ELEMENTS = 128, 128 * 128
-# Tokens that weigh less than this to the last one's 1, as a power of 2, are not read:
-# unless they are 2^8 times as large, float32 rounds them away, and unless they are 2^24
-# times as large, the outputs' bfloat16.
-_FORGOTTEN = -32.0
 
 
 class Decay(NamedTuple):
@@ -53,12 +49,12 @@ class Counted(NamedTuple):
     """That keys are summed as well, as by one more column of values, float32.
 
     Attributes:
-      state: the sums that enter each piece, `[B, N, pieces, H]`.
+      state: the sums that enter each piece, `[B, N, pieces, H]`; None for 0.
       by: what each key counts for, `[B, N, T]`; None for 1, and then the output is
         divided by what the column comes to.
     """
 
-    state: jax.Array
+    state: jax.Array | None
     by: jax.Array | None
 
 
@@ -78,12 +74,12 @@ def linear_scan(
     query: jax.Array | None,
     key: jax.Array,
     value: jax.Array,
-    state: jax.Array,
+    state: jax.Array | None,
     decay: Decay,
     counted: Counted | None = None,
     offset: Offset | None = None,
+    spans: jax.Array | None = None,
     *,
-    pieces: int,
     transposed: bool = False,
     keep_states: bool = False,
     keep_rest: bool = False,
@@ -97,13 +93,14 @@ def linear_scan(
       query: `[B, T, *, H]`, T a multiple of `CHUNK`; None if states alone are wanted.
       key: `[B, T, *, H]`.
       value: `[B, T, *, V]`.
-      state: what enters each piece, float32 `[B or 1, N, pieces, H, V]`. With fewer
-        pieces the first ones are summed (the last, if transposed), and for states
-        alone; these leave out chunks that the decay forgets before the piece ends.
+      state: what enters each piece, float32 `[B or 1, N, pieces, H, V]`; pieces are
+        equal parts of the sequence, of whole chunks, served side by side. None for
+        states alone, which begin at 0.
       decay: by chunks of `CHUNK`.
       counted: sums of keys to make as well. With queries, it divides.
       offset: of queries.
-      pieces: equal parts of the sequence, of whole chunks, served side by side.
+      spans: for states alone, in place of pieces: the first chunk of each, and the one
+        after its last, int32 `[B or 1, N, spans, 2]`.
       transposed: sums over the tokens from i on; states enter from the right.
       keep_states: also returns the states that enter the chunks. For H V of at most
         `128 * 128`.
@@ -112,20 +109,23 @@ def linear_scan(
         place.
 
     Returns:
-      The sums `[B, T, N, V]`, in value's dtype, and what leaves each piece, as `state`.
+      The sums `[B, T, N, V]`, in value's dtype, and what leaves each piece or span,
+      float32 `[B, N, pieces, H, V]`.
       With `counted` also the sums that leave each piece, and with queries too the
       denominators `[B, N, T]` and the sums that enter each chunk `[B, N, chunks, H]`.
       With `keep_states` also the states, `[B, N, chunks, H, V]` in value's dtype, and
       last with `keep_rest` what it says.
     """
-    _, heads, served, size, value_size = state.shape
-    batch, length, dtype = *key.shape[:2], key.dtype
-    chunks = length // CHUNK // pieces
-    first_piece = pieces - served if transposed else 0
+    (start,) = (x for x in (state, spans) if x is not None)
+    heads, served = start.shape[1:3]
+    batch, length, _, size = key.shape
+    value_size, dtype = value.shape[-1], key.dtype
+    chunks = length // CHUNK // served
     columns = min(value_size, _COLUMNS, _ELEMENTS // size)
     splits = value_size // columns
     swizzle = State.swizzle(size, columns, dtype)
-    stages = min(2 if size < 256 else 1, chunks)  # what shared memory has room for
+    # What shared memory has room for: one more where no queries are.
+    stages = (2 if size < 256 else 1) + (query is None)
     inputs = {"query": query, "key": key, "value": value}
     inputs = {name: x for name, x in inputs.items() if x is not None}
     divides = counted is not None and query is not None
@@ -133,14 +133,6 @@ def linear_scan(
     numbers = [x for x in numbers if x is not None]
     others = [x for x in (counted and counted.state, offset and offset.row)]
     others = [x for x in others if x is not None]
-    skipped = []
-    if query is None:
-        parts = slice(first_piece, first_piece + served)
-        skip = _forgotten(decay, pieces, chunks, stages, transposed)[..., parts]
-        skipped = [skip]
-        state = jnp.where(skip[..., None, None] > 0, 0.0, state)
-        if counted:
-            others[0] = jnp.where(skip[..., None] > 0, 0.0, others[0])
 
     # The copying warpgroup has more addresses to keep with one more array.
     roomy = size * columns < _ELEMENTS
@@ -148,13 +140,11 @@ def linear_scan(
 
     def body(*refs):
         tokens_g = dict(zip(inputs, refs, strict=False))
-        state_g, since_g, scale_g, *rest = refs[len(inputs) :]
+        start_g, since_g, scale_g, *rest = refs[len(inputs) :]
         if numbers:
             tokens_g["number"], *rest = rest
         if others:
             other_g, *rest = rest
-        if skipped:
-            skipped_g, *rest = rest
         if query is not None:
             out_g, *rest = rest
         if return_state:
@@ -172,15 +162,18 @@ def linear_scan(
         state_s, sums_s, out_s, read, written = local
         h, part, b = (lax.axis_index(axis) for axis in ("h", "part", "b"))
         wg = lax.axis_index("wg")
+        if query is None:
+            # By custom the last heads remember longest: their spans are to begin first.
+            h = heads - 1 - h
         place = lax.div(part, jnp.int32(splits))
-        piece = first_piece + place
         first_column = lax.rem(part, jnp.int32(splits)) * columns
-
-        first = skipped_g[row_of(skipped_g, b), h, place] if skipped else 0
+        first, count = place * chunks, chunks
+        if spans is not None:
+            first, end = (start_g[row_of(start_g, b), h, place, i] for i in range(2))
+            count = end - first
 
         def chunk_of(n):
-            n = first + n
-            return piece * chunks + (chunks - 1 - n if transposed else n)
+            return first + (count - 1 - n if transposed else n)
 
         def consume():
             plgpu.set_max_registers(consumer, action="increase")
@@ -188,10 +181,15 @@ def linear_scan(
             scale = scale_g[row_of(scale_g, b)]
             held = State(state_s, (size, columns), wg, written, sums_s)
             own_g = (h, place, *held.place(first_column))
-            state = mosaic.load(state_g.at[row_of(state_g, b), *own_g], TILE)
-            sums = None
-            if counted:
+            state = sums = None
+            if query is None:
+                state = mosaic.full((own_g[-2].size, own_g[-1].size), 0.0, TILE)
+            else:
+                state = mosaic.load(start_g.at[row_of(start_g, b), *own_g], TILE)
+            if divides:
                 sums = mosaic.load(other_g.at[b, h, place, own_g[-2]], ROW)
+            elif counted:
+                sums = mosaic.full((own_g[-2].size,), 0.0, ROW)
             if query is not None:
                 held.publish(state, sums)
 
@@ -291,7 +289,7 @@ def linear_scan(
                     write(out, chunk, slot)
                 return state, sums
 
-            state, sums = lax.fori_loop(0, chunks - first, step, (state, sums))
+            state, sums = lax.fori_loop(0, count, step, (state, sums))
             if return_state:
                 last_g.at[b, *own_g][...] = state
             if counted:
@@ -314,7 +312,7 @@ def linear_scan(
                     return gmem.at[b, tokens, head, pl.ds(first_column, columns)]
                 return gmem.at[b, tokens, head]
 
-            mosaic.by_one_warp(lambda: stream.copy(source, chunks - first))
+            mosaic.by_one_warp(lambda: stream.copy(source, count))
 
         pl.when(wg < 2)(consume)
         pl.when(wg == 2)(produce)
@@ -334,10 +332,11 @@ def linear_scan(
         out = (batch, length, heads, value_size)
         outputs.append(jax.ShapeDtypeStruct(out, dtype))
     if return_state:
-        last = (batch, *state.shape[1:])
+        last = (batch, heads, served, size, value_size)
         outputs.append(jax.ShapeDtypeStruct(last, jnp.float32))
     if counted:
-        outputs.append(jax.ShapeDtypeStruct(counted.state.shape, jnp.float32))
+        sums = (batch, heads, served, size)
+        outputs.append(jax.ShapeDtypeStruct(sums, jnp.float32))
     if divides:
         shapes = (batch, heads, length), (batch, heads, length // CHUNK, size)
         outputs += [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
@@ -348,7 +347,7 @@ def linear_scan(
         outputs.append(outputs[0])
     results = mosaic.call(
         body,
-        (*inputs.values(), state, *decay, *numbers, *others, *skipped),
+        (*inputs.values(), start, *decay, *numbers, *others),
         tuple(outputs),
         scratch=[
             *Stream.scratch(buffers),
@@ -367,15 +366,3 @@ def linear_scan(
     if not return_state:
         results = results[0], None, *results[1:]
     return (None, *results) if query is None else results
-
-
-def _forgotten(decay: Decay, pieces: int, chunks: int, stages: int, transposed: bool):
-    """How many chunks a piece may leave out, int32 `[B or 1, N, pieces]`.
-
-    They are its first, or if transposed its last; `stages` are left in any case.
-    """
-    total = decay.since[..., -1]
-    total = jnp.broadcast_to(total, (*total.shape[:2], pieces * chunks))
-    total = total.reshape(*total.shape[:2], pieces, chunks)
-    after = lax.cumsum(total, axis=3, reverse=not transposed) - total
-    return jnp.minimum((after < _FORGOTTEN).sum(-1, dtype=jnp.int32), chunks - stages)

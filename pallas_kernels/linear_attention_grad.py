@@ -194,7 +194,7 @@ def linear_grad(
     if return_state:
         states += [(batch, *d_state.shape[1:])]
     if counted:
-        states += [counted.state.shape]
+        states += [(batch, heads, pieces, size)]
         buffers["number"] = plgpu.SMEM((stages, CHUNK), jnp.float32)
     results = mosaic.call(
         body,
