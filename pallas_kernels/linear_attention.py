@@ -255,7 +255,7 @@ def linear_scan(
 
             def step(n, carry):
                 state, sums = carry
-                slot = lax.rem(n, jnp.int32(stages))
+                slot = mosaic.again(lax.rem(n, jnp.int32(stages)))
                 chunk = chunk_of(n)
                 if keep_states:
 

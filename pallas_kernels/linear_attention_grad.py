@@ -126,7 +126,7 @@ def linear_grad(
 
             def step(n, carry):
                 state, sums = carry
-                slot = lax.rem(n, jnp.int32(stages))
+                slot = mosaic.again(lax.rem(n, jnp.int32(stages)))
                 chunk = chunk_of(n)
                 plgpu.barrier_wait(fulls["since"].at[slot])
                 if counted:

@@ -87,7 +87,7 @@ def linear_decay_grad(
             held.publish(state)
 
             def step(n, state):
-                slot = lax.rem(n, jnp.int32(stages))
+                slot = mosaic.again(lax.rem(n, jnp.int32(stages)))
                 chunk = chunk_of(n)
 
                 def arrive(*names):
