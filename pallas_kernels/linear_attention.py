@@ -129,22 +129,28 @@ def linear_scan(
     inputs = {"query": query, "key": key, "value": value}
     inputs = {name: x for name, x in inputs.items() if x is not None}
     divides = counted is not None and query is not None
-    numbers = [x for x in (counted and counted.by, offset and offset.column)]
-    numbers = [x for x in numbers if x is not None]
-    others = [x for x in (counted and counted.state, offset and offset.row)]
-    others = [x for x in others if x is not None]
+    # Vectors that come with the tokens, in as many parts as values or in one.
+    vectors = []
+    if counted and counted.by is not None:
+        vectors = [counted.by.reshape(batch, heads, -1, 1, CHUNK)]
+    if offset:
+        column = offset.column.reshape(batch, heads, -1, 1, CHUNK)
+        column = jnp.repeat(column, splits, 3)
+        row = offset.row.reshape(batch, heads, -1, splits, columns)
+        vectors = [jnp.concatenate([column, row], -1)]
+    entering = [counted.state] if counted and counted.state is not None else []
 
     # The copying warpgroup has more addresses to keep with one more array.
     roomy = size * columns < _ELEMENTS
-    consumer, producer = (232, 40) if numbers and roomy else (240, 24)
+    consumer, producer = (232, 40) if vectors and roomy else (240, 24)
 
     def body(*refs):
         tokens_g = dict(zip(inputs, refs, strict=False))
         start_g, since_g, scale_g, *rest = refs[len(inputs) :]
-        if numbers:
-            tokens_g["number"], *rest = rest
-        if others:
-            other_g, *rest = rest
+        if vectors:
+            tokens_g["vector"], *rest = rest
+        if entering:
+            entering_g, *rest = rest
         if query is not None:
             out_g, *rest = rest
         if return_state:
@@ -177,7 +183,6 @@ def linear_scan(
 
         def consume():
             plgpu.set_max_registers(consumer, action="increase")
-            first_row = wg * ROWS
             scale = scale_g[row_of(scale_g, b)]
             held = State(state_s, (size, columns), wg, written, sums_s)
             own_g = (h, place, *held.place(first_column))
@@ -187,7 +192,7 @@ def linear_scan(
             else:
                 state = mosaic.load(start_g.at[row_of(start_g, b), *own_g], TILE)
             if divides:
-                sums = mosaic.load(other_g.at[b, h, place, own_g[-2]], ROW)
+                sums = mosaic.load(entering_g.at[b, h, place, own_g[-2]], ROW)
             elif counted:
                 sums = mosaic.full((own_g[-2].size,), 0.0, ROW)
             if query is not None:
@@ -195,17 +200,19 @@ def linear_scan(
 
             def outputs(weights, slot, chunk):
                 # Vectors come as late as they can: registers are few.
+                first_row = mosaic.again(wg) * ROWS
                 rows = pl.ds(first_row, ROWS)
                 q = tokens_s["query"].at[slot, rows]
-                number = lambda: mosaic.load(tokens_s["number"].at[slot, rows], ROW)
+                column = lambda: mosaic.load(tokens_s["vector"].at[0, rows], ROW)
                 if offset:
-                    plgpu.barrier_wait(fulls["number"].at[slot])
+                    plgpu.barrier_wait(fulls["vector"].at[0])
                 plgpu.barrier_wait(fulls["query"].at[slot])
-                scores = products.product(
-                    q, mosaic.transposed(tokens_s["key"].at[slot])
-                )
+                k = mosaic.transposed(tokens_s["key"].at[slot])
                 if offset:
-                    scores = scores + mosaic.along(number(), 0, scores.shape)
+                    scores = mosaic.along(column(), 0, (ROWS, CHUNK))
+                    scores = products.accumulated(scores, q, k)
+                else:
+                    scores = products.product(q, k)
                 p = mosaic.rounded(
                     scores * weights.within(first_row, (ROWS, CHUNK)), dtype
                 )
@@ -214,13 +221,14 @@ def linear_scan(
                 entering = weights.entering(first_row, ROWS)
                 if divides:
                     total = total + entering * held.seen(q)
-                if offset:
-                    row = other_g.at[b, h, chunk, pl.ds(first_column, columns)]
-                    row = mosaic.load(row, COL)
-                out = products.product(q, state_s)
-                if offset:
-                    column = mosaic.along(number(), 0, out.shape)
-                    out = out + column * mosaic.along(row, 1, out.shape)
+                if offset:  # Before the product, as one vector less is then kept.
+                    row = tokens_s["vector"].at[0, pl.ds(CHUNK, columns)]
+                    out = mosaic.along(mosaic.load(row, COL), 1, (ROWS, columns))
+                    out = out * mosaic.along(column(), 0, out.shape)
+                    plgpu.barrier_arrive(frees["vector"].at[0])
+                    out = products.accumulated(out, q, held.published())
+                else:
+                    out = products.product(q, held.published())
                 out = out * mosaic.along(entering, 0, out.shape)
                 if keep_states:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -234,6 +242,7 @@ def linear_scan(
                 return out
 
             def write(out, chunk, slot):
+                first_row = mosaic.again(wg) * ROWS
                 rows = pl.ds(first_row, ROWS)
                 # The queries have been read: their place takes the output.
                 alone = out_s is None
@@ -261,7 +270,8 @@ def linear_scan(
 
                     @pl.when(wg == 0)
                     def _():
-                        plgpu.copy_smem_to_gmem(state_s, states_g.at[b, h, chunk])
+                        published = held.published()
+                        plgpu.copy_smem_to_gmem(published, states_g.at[b, h, chunk])
 
                 plgpu.barrier_wait(fulls["since"].at[slot])
                 plgpu.barrier_wait(fulls["key"].at[slot])
@@ -270,18 +280,18 @@ def linear_scan(
                 if divides:
                     held.write_sums(sums, entered_g.at[b, h, chunk])
                 if counted:  # While there are registers for it.
-                    number = None
-                    if numbers:
-                        plgpu.barrier_wait(fulls["number"].at[slot])
-                        number = mosaic.load(tokens_s["number"].at[slot], COL)
-                    sums = held.sums_after(sums, weights, k, number)
+                    by = None
+                    if vectors:
+                        plgpu.barrier_wait(fulls["vector"].at[slot])
+                        by = mosaic.load(tokens_s["vector"].at[slot], COL)
+                    sums = held.sums_after(sums, weights, k, by)
                 if query is not None:
                     out = outputs(weights, slot, chunk)
                 else:
                     plgpu.barrier_wait(fulls["value"].at[slot])
                 state = held.after(state, weights, k, v)
                 for name in frees:
-                    if name != "query":
+                    if name != "query" and not (offset and name == "vector"):
                         plgpu.barrier_arrive(frees[name].at[slot])
                 if query is not None:
                     plgpu.barrier_wait(read)
@@ -305,8 +315,9 @@ def linear_scan(
                     return since_of(since_g, b, h, chunk)
                 gmem = tokens_g[name]
                 tokens = pl.ds(chunk * CHUNK, CHUNK)
-                if name == "number":
-                    return gmem.at[b, h, tokens]
+                if name == "vector":
+                    split = lax.rem(part, jnp.int32(gmem.shape[3]))
+                    return gmem.at[b, h, chunk, split]
                 head = lax.div(h, jnp.int32(heads // gmem.shape[2]))
                 if name == "value":
                     return gmem.at[b, tokens, head, pl.ds(first_column, columns)]
@@ -323,9 +334,9 @@ def linear_scan(
         for name in inputs
     }
     buffers["since"] = plgpu.SMEM((stages, CHUNK), jnp.float32)
-    if numbers:
-        buffers["number"] = plgpu.SMEM((stages, CHUNK), jnp.float32)
-    published = mosaic.tiled((size, columns), dtype, swizzle)
+    for x in vectors:  # Only one ahead where there are two, for want of room.
+        width = x.shape[-1]
+        buffers["vector"] = plgpu.SMEM((1 if offset else stages, width), jnp.float32)
     staged = mosaic.tiled((CHUNK, columns), dtype, swizzle)
     outputs = []
     if query is not None:
@@ -347,11 +358,11 @@ def linear_scan(
         outputs.append(outputs[0])
     results = mosaic.call(
         body,
-        (*inputs.values(), start, *decay, *numbers, *others),
+        (*inputs.values(), start, *decay, *vectors, *entering),
         tuple(outputs),
         scratch=[
             *Stream.scratch(buffers),
-            None if query is None else published,
+            None if query is None else State.scratch(size, columns, dtype),
             plgpu.SMEM((size,), jnp.float32) if divides else None,
             None if query is None or size == columns else staged,
             plgpu.Barrier(num_arrivals=2),
