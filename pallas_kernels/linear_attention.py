@@ -325,8 +325,10 @@ def linear_scan(
 
             mosaic.by_one_warp(lambda: stream.copy(source, count))
 
-        pl.when(wg < 2)(consume)
+        # First what needs few registers: what it is handed would else be kept, or
+        # spilled, all along the other.
         pl.when(wg == 2)(produce)
+        pl.when(wg < 2)(consume)
 
     widths = {"query": size, "key": size, "value": columns}
     buffers = {
