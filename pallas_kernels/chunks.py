@@ -67,11 +67,16 @@ class Stream(NamedTuple):
             )
 
     def drain(self, chunks):
-        """Waits until all `chunks` that were fetched have been read."""
+        """Waits until all `chunks` that were fetched have been read.
+
+        Only the interpreter minds if nobody does.
+        """
+        if not mosaic.interpreted():
+            return
         for name, tokens in self.tokens.items():
             stages = tokens.shape[0]
 
-            @pl.loop(chunks - stages, chunks)
+            @pl.loop(jnp.maximum(chunks - stages, 0), chunks)
             def _(n, free=self.free[name], stages=stages):
                 plgpu.barrier_wait(free.at[lax.rem(n, jnp.int32(stages))])
 
@@ -79,18 +84,14 @@ class Stream(NamedTuple):
 class State:
     """The state of one head: half in each warpgroup's registers, all in shared memory.
 
-    A half is half of the rows, or of the columns where rows are few. `sums_ref` takes
-    what the keys sum up to, of which each warpgroup has those of its rows.
+    A half is half of the rows, or of the columns where rows are few. `ref` is made by
+    `scratch`. `sums_ref` takes what the keys sum up to, of which each warpgroup has
+    those of its rows.
     """
 
     def __init__(self, ref, shape, wg, written, sums_ref=None):
         self._ref, self._written, self._sums = ref, written, sums_ref
-        rows, columns = self._held(*shape)
-        # Whether this warpgroup's rows are its alone, or it is the first.
-        self._speaks = (rows < shape[0]) | (wg == 0)
-        self._rows = pl.ds(wg * rows if rows < shape[0] else 0, rows)
-        self._first_column = wg * columns if columns < shape[1] else 0
-        self._columns = columns
+        self._shape, self._wg = shape, wg
 
     @classmethod
     def rows(cls, size, columns) -> int:
@@ -106,13 +107,28 @@ class State:
         """The widest that halves leave whole."""
         return mosaic.swizzle_of(min(size, cls._held(size, columns)[1]), dtype)
 
+    @classmethod
+    def scratch(cls, size, columns, dtype):
+        """Shared memory for all of a state."""
+        # The axis of 1 is for an index: see `published`.
+        swizzle = cls.swizzle(size, columns, dtype)
+        return mosaic.tiled((1, size, columns), dtype, swizzle)
+
+    def published(self):
+        """All of the state as it was published."""
+        return self._ref.at[mosaic.again(jnp.int32(0))]
+
     def place(self, first_column=0):
         """This warpgroup's half, of a state that begins at `first_column`."""
-        return self._rows, pl.ds(first_column + self._first_column, self._columns)
+        wg = mosaic.again(self._wg)
+        rows, columns = self._held(*self._shape)
+        if rows < self._shape[0]:
+            return pl.ds(wg * rows, rows), pl.ds(first_column, columns)
+        return pl.ds(0, rows), pl.ds(first_column + wg * columns, columns)
 
     def publish(self, state, sums=None):
         """For both warpgroups to read; both have read what was there."""
-        self._ref.at[*self.place()][...] = state.astype(self._ref.dtype)
+        self.published().at[*self.place()][...] = state.astype(self._ref.dtype)
         if sums is not None:
             self.write_sums(sums, self._sums)
         plgpu.commit_smem()
@@ -122,9 +138,12 @@ class State:
     def write_sums(self, sums, ref):
         """This warpgroup's, or where both have all, the first's."""
 
-        @pl.when(self._speaks)
+        rows, _ = self.place()
+        alone = rows.size < self._shape[0]
+
+        @pl.when(alone | (self._wg == 0))
         def _():
-            ref.at[self._rows][...] = sums
+            ref.at[rows][...] = sums
 
     def seen(self, queries):
         """Inner products of queries in shared memory with the published sums."""

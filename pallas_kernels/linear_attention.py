@@ -30,10 +30,6 @@ from pallas_kernels.mosaic import COL, ROW, TILE
 
 # Of the state, what one block of threads holds.
 _COLUMNS, _ELEMENTS = 128, 128 * 128
-# Tokens that weigh less than this to the last one's 1, as a power of 2, are not read:
-# unless they are 2^8 times as large, float32 rounds them away, and unless they are 2^24
-# times as large, the outputs' bfloat16.
-_FORGOTTEN = -32.0
 
 
 class Decay(NamedTuple):
@@ -53,12 +49,12 @@ class Counted(NamedTuple):
     """That keys are summed as well, as by one more column of values, float32.
 
     Attributes:
-      state: the sums that enter each piece, `[B, N, pieces, H]`.
+      state: the sums that enter each piece, `[B, N, pieces, H]`; None for 0.
       by: what each key counts for, `[B, N, T]`; None for 1, and then the output is
         divided by what the column comes to.
     """
 
-    state: jax.Array
+    state: jax.Array | None
     by: jax.Array | None
 
 
@@ -78,12 +74,12 @@ def linear_scan(
     query: jax.Array | None,
     key: jax.Array,
     value: jax.Array,
-    state: jax.Array,
+    state: jax.Array | None,
     decay: Decay,
     counted: Counted | None = None,
     offset: Offset | None = None,
+    spans: jax.Array | None = None,
     *,
-    pieces: int,
     transposed: bool = False,
     keep_states: bool = False,
     keep_rest: bool = False,
@@ -97,13 +93,14 @@ def linear_scan(
       query: `[B, T, *, H]`, T a multiple of `CHUNK`; None if states alone are wanted.
       key: `[B, T, *, H]`.
       value: `[B, T, *, V]`.
-      state: what enters each piece, float32 `[B or 1, N, pieces, H, V]`. With fewer
-        pieces the first ones are summed (the last, if transposed), and for states
-        alone; these leave out chunks that the decay forgets before the piece ends.
+      state: what enters each piece, float32 `[B or 1, N, pieces, H, V]`; pieces are
+        equal parts of the sequence, of whole chunks, served side by side. None for
+        states alone, which begin at 0.
       decay: by chunks of `CHUNK`.
       counted: sums of keys to make as well. With queries, it divides.
       offset: of queries.
-      pieces: equal parts of the sequence, of whole chunks, served side by side.
+      spans: for states alone, in place of pieces: the first chunk of each, and the one
+        after its last, int32 `[B or 1, N, spans, 2]`.
       transposed: sums over the tokens from i on; states enter from the right.
       keep_states: also returns the states that enter the chunks. For H V of at most
         `128 * 128`.
@@ -112,49 +109,48 @@ def linear_scan(
         place.
 
     Returns:
-      The sums `[B, T, N, V]`, in value's dtype, and what leaves each piece, as `state`.
+      The sums `[B, T, N, V]`, in value's dtype, and what leaves each piece or span,
+      float32 `[B, N, pieces, H, V]`.
       With `counted` also the sums that leave each piece, and with queries too the
       denominators `[B, N, T]` and the sums that enter each chunk `[B, N, chunks, H]`.
       With `keep_states` also the states, `[B, N, chunks, H, V]` in value's dtype, and
       last with `keep_rest` what it says.
     """
-    _, heads, served, size, value_size = state.shape
-    batch, length, dtype = *key.shape[:2], key.dtype
-    chunks = length // CHUNK // pieces
-    first_piece = pieces - served if transposed else 0
+    (start,) = (x for x in (state, spans) if x is not None)
+    heads, served = start.shape[1:3]
+    batch, length, _, size = key.shape
+    value_size, dtype = value.shape[-1], key.dtype
+    chunks = length // CHUNK // served
     columns = min(value_size, _COLUMNS, _ELEMENTS // size)
     splits = value_size // columns
     swizzle = State.swizzle(size, columns, dtype)
-    stages = min(2 if size < 256 else 1, chunks)  # what shared memory has room for
+    # What shared memory has room for: one more where no queries are.
+    stages = (2 if size < 256 else 1) + (query is None)
     inputs = {"query": query, "key": key, "value": value}
     inputs = {name: x for name, x in inputs.items() if x is not None}
     divides = counted is not None and query is not None
-    numbers = [x for x in (counted and counted.by, offset and offset.column)]
-    numbers = [x for x in numbers if x is not None]
-    others = [x for x in (counted and counted.state, offset and offset.row)]
-    others = [x for x in others if x is not None]
-    skipped = []
-    if query is None:
-        parts = slice(first_piece, first_piece + served)
-        skip = _forgotten(decay, pieces, chunks, stages, transposed)[..., parts]
-        skipped = [skip]
-        state = jnp.where(skip[..., None, None] > 0, 0.0, state)
-        if counted:
-            others[0] = jnp.where(skip[..., None] > 0, 0.0, others[0])
+    # Vectors that come with the tokens, in as many parts as values or in one.
+    vectors = []
+    if counted and counted.by is not None:
+        vectors = [counted.by.reshape(batch, heads, -1, 1, CHUNK)]
+    if offset:
+        column = offset.column.reshape(batch, heads, -1, 1, CHUNK)
+        column = jnp.repeat(column, splits, 3)
+        row = offset.row.reshape(batch, heads, -1, splits, columns)
+        vectors = [jnp.concatenate([column, row], -1)]
+    entering = [counted.state] if counted and counted.state is not None else []
 
     # The copying warpgroup has more addresses to keep with one more array.
     roomy = size * columns < _ELEMENTS
-    consumer, producer = (232, 40) if numbers and roomy else (240, 24)
+    consumer, producer = (232, 40) if vectors and roomy else (240, 24)
 
     def body(*refs):
         tokens_g = dict(zip(inputs, refs, strict=False))
-        state_g, since_g, scale_g, *rest = refs[len(inputs) :]
-        if numbers:
-            tokens_g["number"], *rest = rest
-        if others:
-            other_g, *rest = rest
-        if skipped:
-            skipped_g, *rest = rest
+        start_g, since_g, scale_g, *rest = refs[len(inputs) :]
+        if vectors:
+            tokens_g["vector"], *rest = rest
+        if entering:
+            entering_g, *rest = rest
         if query is not None:
             out_g, *rest = rest
         if return_state:
@@ -172,42 +168,51 @@ def linear_scan(
         state_s, sums_s, out_s, read, written = local
         h, part, b = (lax.axis_index(axis) for axis in ("h", "part", "b"))
         wg = lax.axis_index("wg")
+        if query is None:
+            # By custom the last heads remember longest: their spans are to begin first.
+            h = heads - 1 - h
         place = lax.div(part, jnp.int32(splits))
-        piece = first_piece + place
         first_column = lax.rem(part, jnp.int32(splits)) * columns
-
-        first = skipped_g[row_of(skipped_g, b), h, place] if skipped else 0
+        first, count = place * chunks, chunks
+        if spans is not None:
+            first, end = (start_g[row_of(start_g, b), h, place, i] for i in range(2))
+            count = end - first
 
         def chunk_of(n):
-            n = first + n
-            return piece * chunks + (chunks - 1 - n if transposed else n)
+            return first + (count - 1 - n if transposed else n)
 
         def consume():
             plgpu.set_max_registers(consumer, action="increase")
-            first_row = wg * ROWS
             scale = scale_g[row_of(scale_g, b)]
             held = State(state_s, (size, columns), wg, written, sums_s)
             own_g = (h, place, *held.place(first_column))
-            state = mosaic.load(state_g.at[row_of(state_g, b), *own_g], TILE)
-            sums = None
-            if counted:
-                sums = mosaic.load(other_g.at[b, h, place, own_g[-2]], ROW)
+            state = sums = None
+            if query is None:
+                state = mosaic.full((own_g[-2].size, own_g[-1].size), 0.0, TILE)
+            else:
+                state = mosaic.load(start_g.at[row_of(start_g, b), *own_g], TILE)
+            if divides:
+                sums = mosaic.load(entering_g.at[b, h, place, own_g[-2]], ROW)
+            elif counted:
+                sums = mosaic.full((own_g[-2].size,), 0.0, ROW)
             if query is not None:
                 held.publish(state, sums)
 
             def outputs(weights, slot, chunk):
                 # Vectors come as late as they can: registers are few.
+                first_row = mosaic.again(wg) * ROWS
                 rows = pl.ds(first_row, ROWS)
                 q = tokens_s["query"].at[slot, rows]
-                number = lambda: mosaic.load(tokens_s["number"].at[slot, rows], ROW)
+                column = lambda: mosaic.load(tokens_s["vector"].at[0, rows], ROW)
                 if offset:
-                    plgpu.barrier_wait(fulls["number"].at[slot])
+                    plgpu.barrier_wait(fulls["vector"].at[0])
                 plgpu.barrier_wait(fulls["query"].at[slot])
-                scores = products.product(
-                    q, mosaic.transposed(tokens_s["key"].at[slot])
-                )
+                k = mosaic.transposed(tokens_s["key"].at[slot])
                 if offset:
-                    scores = scores + mosaic.along(number(), 0, scores.shape)
+                    scores = mosaic.along(column(), 0, (ROWS, CHUNK))
+                    scores = products.accumulated(scores, q, k)
+                else:
+                    scores = products.product(q, k)
                 p = mosaic.rounded(
                     scores * weights.within(first_row, (ROWS, CHUNK)), dtype
                 )
@@ -216,13 +221,14 @@ def linear_scan(
                 entering = weights.entering(first_row, ROWS)
                 if divides:
                     total = total + entering * held.seen(q)
-                if offset:
-                    row = other_g.at[b, h, chunk, pl.ds(first_column, columns)]
-                    row = mosaic.load(row, COL)
-                out = products.product(q, state_s)
-                if offset:
-                    column = mosaic.along(number(), 0, out.shape)
-                    out = out + column * mosaic.along(row, 1, out.shape)
+                if offset:  # Before the product, as one vector less is then kept.
+                    row = tokens_s["vector"].at[0, pl.ds(CHUNK, columns)]
+                    out = mosaic.along(mosaic.load(row, COL), 1, (ROWS, columns))
+                    out = out * mosaic.along(column(), 0, out.shape)
+                    plgpu.barrier_arrive(frees["vector"].at[0])
+                    out = products.accumulated(out, q, held.published())
+                else:
+                    out = products.product(q, held.published())
                 out = out * mosaic.along(entering, 0, out.shape)
                 if keep_states:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -236,6 +242,7 @@ def linear_scan(
                 return out
 
             def write(out, chunk, slot):
+                first_row = mosaic.again(wg) * ROWS
                 rows = pl.ds(first_row, ROWS)
                 # The queries have been read: their place takes the output.
                 alone = out_s is None
@@ -257,13 +264,14 @@ def linear_scan(
 
             def step(n, carry):
                 state, sums = carry
-                slot = lax.rem(n, jnp.int32(stages))
+                slot = mosaic.again(lax.rem(n, jnp.int32(stages)))
                 chunk = chunk_of(n)
                 if keep_states:
 
                     @pl.when(wg == 0)
                     def _():
-                        plgpu.copy_smem_to_gmem(state_s, states_g.at[b, h, chunk])
+                        published = held.published()
+                        plgpu.copy_smem_to_gmem(published, states_g.at[b, h, chunk])
 
                 plgpu.barrier_wait(fulls["since"].at[slot])
                 plgpu.barrier_wait(fulls["key"].at[slot])
@@ -272,18 +280,18 @@ def linear_scan(
                 if divides:
                     held.write_sums(sums, entered_g.at[b, h, chunk])
                 if counted:  # While there are registers for it.
-                    number = None
-                    if numbers:
-                        plgpu.barrier_wait(fulls["number"].at[slot])
-                        number = mosaic.load(tokens_s["number"].at[slot], COL)
-                    sums = held.sums_after(sums, weights, k, number)
+                    by = None
+                    if vectors:
+                        plgpu.barrier_wait(fulls["vector"].at[slot])
+                        by = mosaic.load(tokens_s["vector"].at[slot], COL)
+                    sums = held.sums_after(sums, weights, k, by)
                 if query is not None:
                     out = outputs(weights, slot, chunk)
                 else:
                     plgpu.barrier_wait(fulls["value"].at[slot])
                 state = held.after(state, weights, k, v)
                 for name in frees:
-                    if name != "query":
+                    if name != "query" and not (offset and name == "vector"):
                         plgpu.barrier_arrive(frees[name].at[slot])
                 if query is not None:
                     plgpu.barrier_wait(read)
@@ -291,7 +299,7 @@ def linear_scan(
                     write(out, chunk, slot)
                 return state, sums
 
-            state, sums = lax.fori_loop(0, chunks - first, step, (state, sums))
+            state, sums = lax.fori_loop(0, count, step, (state, sums))
             if return_state:
                 last_g.at[b, *own_g][...] = state
             if counted:
@@ -307,17 +315,20 @@ def linear_scan(
                     return since_of(since_g, b, h, chunk)
                 gmem = tokens_g[name]
                 tokens = pl.ds(chunk * CHUNK, CHUNK)
-                if name == "number":
-                    return gmem.at[b, h, tokens]
+                if name == "vector":
+                    split = lax.rem(part, jnp.int32(gmem.shape[3]))
+                    return gmem.at[b, h, chunk, split]
                 head = lax.div(h, jnp.int32(heads // gmem.shape[2]))
                 if name == "value":
                     return gmem.at[b, tokens, head, pl.ds(first_column, columns)]
                 return gmem.at[b, tokens, head]
 
-            mosaic.by_one_warp(lambda: stream.copy(source, chunks - first))
+            mosaic.by_one_warp(lambda: stream.copy(source, count))
 
-        pl.when(wg < 2)(consume)
+        # First what needs few registers: what it is handed would else be kept, or
+        # spilled, all along the other.
         pl.when(wg == 2)(produce)
+        pl.when(wg < 2)(consume)
 
     widths = {"query": size, "key": size, "value": columns}
     buffers = {
@@ -325,19 +336,20 @@ def linear_scan(
         for name in inputs
     }
     buffers["since"] = plgpu.SMEM((stages, CHUNK), jnp.float32)
-    if numbers:
-        buffers["number"] = plgpu.SMEM((stages, CHUNK), jnp.float32)
-    published = mosaic.tiled((size, columns), dtype, swizzle)
+    for x in vectors:  # Only one ahead where there are two, for want of room.
+        width = x.shape[-1]
+        buffers["vector"] = plgpu.SMEM((1 if offset else stages, width), jnp.float32)
     staged = mosaic.tiled((CHUNK, columns), dtype, swizzle)
     outputs = []
     if query is not None:
         out = (batch, length, heads, value_size)
         outputs.append(jax.ShapeDtypeStruct(out, dtype))
     if return_state:
-        last = (batch, *state.shape[1:])
+        last = (batch, heads, served, size, value_size)
         outputs.append(jax.ShapeDtypeStruct(last, jnp.float32))
     if counted:
-        outputs.append(jax.ShapeDtypeStruct(counted.state.shape, jnp.float32))
+        sums = (batch, heads, served, size)
+        outputs.append(jax.ShapeDtypeStruct(sums, jnp.float32))
     if divides:
         shapes = (batch, heads, length), (batch, heads, length // CHUNK, size)
         outputs += [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
@@ -348,11 +360,11 @@ def linear_scan(
         outputs.append(outputs[0])
     results = mosaic.call(
         body,
-        (*inputs.values(), state, *decay, *numbers, *others, *skipped),
+        (*inputs.values(), start, *decay, *vectors, *entering),
         tuple(outputs),
         scratch=[
             *Stream.scratch(buffers),
-            None if query is None else published,
+            None if query is None else State.scratch(size, columns, dtype),
             plgpu.SMEM((size,), jnp.float32) if divides else None,
             None if query is None or size == columns else staged,
             plgpu.Barrier(num_arrivals=2),
@@ -367,15 +379,3 @@ def linear_scan(
     if not return_state:
         results = results[0], None, *results[1:]
     return (None, *results) if query is None else results
-
-
-def _forgotten(decay: Decay, pieces: int, chunks: int, stages: int, transposed: bool):
-    """How many chunks a piece may leave out, int32 `[B or 1, N, pieces]`.
-
-    They are its first, or if transposed its last; `stages` are left in any case.
-    """
-    total = decay.since[..., -1]
-    total = jnp.broadcast_to(total, (*total.shape[:2], pieces * chunks))
-    total = total.reshape(*total.shape[:2], pieces, chunks)
-    after = lax.cumsum(total, axis=3, reverse=not transposed) - total
-    return jnp.minimum((after < _FORGOTTEN).sum(-1, dtype=jnp.int32), chunks - stages)

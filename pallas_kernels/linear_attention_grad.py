@@ -95,7 +95,7 @@ def linear_grad(
                 sums = mosaic.load(sums_g.at[b, h, piece, own_g[-2]], ROW)
             held.publish(state, sums)
 
-            def gradient(chunk, slot, weights, names, state_s, staged, grad_g):
+            def gradient(chunk, slot, weights, names, state, staged, grad_g):
                 """Of `own`: what `first` sees of it weighs `second`."""
                 own, first, second = names
                 # Of values' gradients, the column of ones has none.
@@ -103,16 +103,19 @@ def linear_grad(
                 for name in names:
                     plgpu.barrier_wait(fulls[name].at[slot])
                 tokens = tokens_s[own].at[slot]
-                scores = products.product(
-                    tokens, mosaic.transposed(tokens_s[first].at[slot])
-                )
+                others = mosaic.transposed(tokens_s[first].at[slot])
                 if also:
                     number = mosaic.load(tokens_s["number"].at[slot], COL)
-                    scores = scores + mosaic.along(number, 1, shape)
+                    scores = mosaic.along(number, 1, shape)
+                    scores = products.accumulated(scores, tokens, others)
+                else:
+                    scores = products.product(tokens, others)
                 p = (scores * weights.within(0, shape)).astype(dtype)
-                grad = products.product(tokens, state_s)
                 if also:
-                    grad = grad + mosaic.along(mosaic.load(sums_s, COL), 1, grad.shape)
+                    grad = mosaic.along(mosaic.load(sums_s, COL), 1, staged.shape)
+                    grad = products.accumulated(grad, tokens, state)
+                else:
+                    grad = products.product(tokens, state)
                 plgpu.barrier_arrive(read)
                 plgpu.barrier_arrive(frees[own].at[slot])
                 entering = weights.entering(0, CHUNK)
@@ -126,7 +129,7 @@ def linear_grad(
 
             def step(n, carry):
                 state, sums = carry
-                slot = lax.rem(n, jnp.int32(stages))
+                slot = mosaic.again(lax.rem(n, jnp.int32(stages)))
                 chunk = chunk_of(n)
                 plgpu.barrier_wait(fulls["since"].at[slot])
                 if counted:
@@ -137,14 +140,14 @@ def linear_grad(
                 def _():
                     gradient(
                         *(chunk, slot, weights, ("value", "d_out", "query")),
-                        *(mosaic.transposed(state_s), d_key_s, d_key_g),
+                        *(mosaic.transposed(held.published()), d_key_s, d_key_g),
                     )
 
                 @pl.when(wg == 1)
                 def _():
                     gradient(
                         *(chunk, slot, weights, ("key", "query", "d_out")),
-                        *(state_s, d_value_s, d_value_g),
+                        *(held.published(), d_value_s, d_value_g),
                     )
 
                 q, do = (tokens_s[name].at[slot] for name in ("query", "d_out"))
@@ -194,7 +197,7 @@ def linear_grad(
     if return_state:
         states += [(batch, *d_state.shape[1:])]
     if counted:
-        states += [counted.state.shape]
+        states += [(batch, heads, pieces, size)]
         buffers["number"] = plgpu.SMEM((stages, CHUNK), jnp.float32)
     results = mosaic.call(
         body,
@@ -206,7 +209,7 @@ def linear_grad(
         ),
         scratch=[
             *Stream.scratch(buffers, {"key": 1, "value": 1}),
-            mosaic.tiled((size, value_size), dtype, swizzle),
+            State.scratch(size, value_size, dtype),
             plgpu.SMEM((size,), jnp.float32) if counted else None,
             mosaic.tiled((CHUNK, size), dtype, swizzle),
             mosaic.tiled((CHUNK, value_size), dtype, swizzle),

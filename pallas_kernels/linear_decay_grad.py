@@ -87,7 +87,7 @@ def linear_decay_grad(
             held.publish(state)
 
             def step(n, state):
-                slot = lax.rem(n, jnp.int32(stages))
+                slot = mosaic.again(lax.rem(n, jnp.int32(stages)))
                 chunk = chunk_of(n)
 
                 def arrive(*names):
@@ -135,7 +135,7 @@ def linear_decay_grad(
                     then=lambda: arrive("key", "value"),
                 )
                 by_key = shares(
-                    *(k, q, v, do, state_s),
+                    *(k, q, v, do, held.published()),
                     transposed=True,
                     then=lambda: plgpu.barrier_arrive(read),
                 )
@@ -195,7 +195,7 @@ def linear_decay_grad(
         ),
         scratch=[
             *Stream.scratch(buffers),
-            mosaic.tiled((value_size, size), dtype, swizzle),
+            State.scratch(value_size, size, dtype),
             plgpu.SMEM((2, held_rows), jnp.float32),
             plgpu.SMEM((2, ROWS), jnp.float32),
             plgpu.Barrier(num_arrivals=2),

@@ -48,7 +48,7 @@ def sum_of_products(*pairs):
 
 
 def accumulated(acc, a, *bs):
-    """`acc + a b` for each `b`, for registers `a` and shared memory `bs`."""
+    """`acc + a b` for each `b` in shared memory, and `a` there or in registers."""
     if interpreted():
         result = sum((plain(a) @ plain(b) for b in bs), acc)
         plgpu.commit_smem()

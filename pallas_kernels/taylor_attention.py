@@ -227,7 +227,7 @@ def taylor_scan(
                 return tuple(zip(*parts, strict=True))
 
             def step(n, carry):
-                slot = lax.rem(n, jnp.int32(stages))
+                slot = mosaic.again(lax.rem(n, jnp.int32(stages)))
                 chunk = chunk_of(n)
                 for name in fulls:
                     plgpu.barrier_wait(fulls[name].at[slot])

@@ -11,10 +11,10 @@ import pytest
 from helpers import GRADIENT_ERROR, assert_matches, normal, relative_rms
 
 import attnx
-from attnx.linear import pallas
+from attnx.linear import pallas, pallas_scan
 from pallas_kernels import mosaic
 from pallas_kernels.chunks import CHUNK
-from pallas_kernels.linear_attention import Counted, Decay, linear_scan
+from pallas_kernels.linear_attention import Counted, Decay
 
 SINCE_0_11 = jax.__version_info__ >= (0, 11)
 SIZES = list(itertools.product((64, 128, 256), repeat=2))
@@ -128,7 +128,8 @@ def test_matches_the_reference(name):
 @pytest.mark.skipif(not SINCE_0_11, reason="takes long before jax 0.11")
 @pytest.mark.parametrize("name", IN_PIECES)
 def test_a_sequence_in_pieces_is_the_whole(name, monkeypatch):
-    monkeypatch.setattr(pallas, "number_of_pieces", lambda *_: 2)
+    monkeypatch.setattr(pallas, "number_of_pieces", lambda *_: 3)
+    monkeypatch.setattr(pallas_scan, "_LEAST_CHUNKS", 1)  # Each in as many parts.
     options = CASES[name][-1]
     with mosaic.interpret():
         assert_matches(
@@ -139,16 +140,20 @@ def test_a_sequence_in_pieces_is_the_whole(name, monkeypatch):
         )
 
 
+@pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("per_token", [0.0, -0.15, -1.0])
-def test_states_leave_out_what_they_forget(per_token, transposed):
-    """Of a piece of four chunks, tokens 48 bits of decay away and more."""
+@pytest.mark.parametrize(
+    ("per_token", "left_out"), [(0.0, 0), (-0.1, 1), (-0.15, 2), (-1.0, 3)]
+)
+def test_states_leave_out_what_they_forget(
+    per_token, left_out, transposed, parts, monkeypatch
+):
+    """Of a piece of four chunks, tokens 32 bits of decay away and more."""
     size, chunks = 64, 4
+    monkeypatch.setattr(pallas_scan, "_LEAST_CHUNKS", chunks // parts)
     length = 2 * chunks * CHUNK
     key, value = normal(0, *[(1, length, 1, size)] * 2, dtype="bfloat16")
-    state = jnp.zeros((1, 1, 1, size, size))
     since = jnp.cumsum(jnp.full((1, 1, 1, CHUNK), per_token), -1)
-    left_out = {0.0: 0, -0.15: 1, -1.0: 2}[per_token]  # two fill the pipeline
     ages = jnp.arange(chunks * CHUNK)
     if transposed:  # What leaves the last piece to the left.
         piece, far = slice(chunks * CHUNK, None), slice(length - left_out * CHUNK, None)
@@ -162,15 +167,17 @@ def test_states_leave_out_what_they_forget(per_token, transposed):
         precision="highest",
     )
     with mosaic.interpret():
-        _, out, sums = linear_scan(
-            *(None, key.at[:, far].set(jnp.nan), value, state),
-            *(Decay(since, jnp.ones(1)), Counted(state[..., 0], None)),
-            pieces=2,
+        added, until = pallas_scan.added_states(
+            *(2, (key.at[:, far].set(jnp.nan), value), Decay(since, jnp.ones(1))),
+            slice(1, 2) if transposed else slice(1),
+            counted=Counted(None, None),
             transposed=transposed,
         )
-    assert relative_rms(out[0, 0, 0], expected) < 4e-3
+    assert added.shape[2] == until.shape[3] == parts
+    state = pallas_scan.summed("bns,bnshv->bnhv", until[:, :, 0], added)[0, 0]
+    assert relative_rms(state[:, :-1], expected) < 4e-3
     expected = weights @ key[0, piece, 0].astype(jnp.float32)
-    assert relative_rms(sums[0, 0, 0], expected) < 1e-6
+    assert relative_rms(state[:, -1], expected) < 1e-6
 
 
 @pytest.mark.parametrize("state", [False, True])

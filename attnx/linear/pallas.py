@@ -18,10 +18,13 @@ from jax.custom_derivatives import SymbolicZero
 from attnx.linear import pallas_channel, pallas_normalized, xla
 from attnx.linear.operands import by_token, empty_state, repeated, to_state
 from attnx.linear.pallas_scan import (
+    added_states,
     decay_of,
     entering_states,
+    no_state,
     number_of_pieces,
     scan,
+    summed,
     to_operands,
 )
 from pallas_kernels.batching import mappable
@@ -134,14 +137,9 @@ def _attention(options, query, key, value, scale, log_decay, initial_state):
 
 def _outputs(options, query, key, value, decay, initial_state):
     pieces, _, return_state = options
-    if initial_state is None:
-        initial_state = _no_state(query, value)
     entering = entering_states(pieces, (key, value), initial_state, decay)
-    out, leaving = scan(
-        *((query, key, value), entering, decay),
-        pieces=pieces,
-        return_state=return_state,
-    )
+    tokens = query, key, value
+    out, leaving = scan(tokens, entering, decay, return_state=return_state)
     return out, leaving[:, :, -1] if return_state else None, entering
 
 
@@ -167,19 +165,17 @@ def _backward(options, residuals, cotangents):
     if isinstance(d_out, SymbolicZero):
         d_out = jnp.zeros(d_out.shape, d_out.dtype)
     if d_last is None or isinstance(d_last, SymbolicZero):
-        d_last = _no_state(query, value)
+        d_last = None
     small = entering.shape[-2] * entering.shape[-1] <= LARGEST
     # One for all tokens sums up what bfloat16 states leave over: xla keeps float32.
     by_kernel = small and not one_decay
     decay = decay_of(log_decay, scale)
     d_query, _, *states = scan(
         *((d_out, value, key), entering.mT, decay),
-        pieces=pieces,
         keep_states=by_kernel and kept is not None,
         return_state=False,
     )
     d_leaving = entering_states(pieces, (query, d_out), d_last, decay, transposed=True)
-    backwards = {"pieces": pieces, "transposed": True}
     first = {"return_state": given is not None}
     if small:
         d_key, d_value, d_entering = mappable(linear_grad, **first)(
@@ -189,11 +185,11 @@ def _backward(options, residuals, cotangents):
     else:
         d_key, _ = scan(
             *((value, d_out, query), d_leaving.mT, decay),
-            **backwards,
+            transposed=True,
             return_state=False,
         )
         d_value, d_entering = scan(
-            *((key, query, d_out), d_leaving, decay), **backwards, **first
+            *((key, query, d_out), d_leaving, decay), transposed=True, **first
         )
     if kept is None:
         d_log_decay = jnp.zeros_like(log_decay)
@@ -201,11 +197,15 @@ def _backward(options, residuals, cotangents):
         tokens = query, key, value, d_out, *states
         sums, changes = mappable(linear_decay_grad)(tokens, (d_leaving.mT, decay))
         (last,) = kept
-        after = 0.0 if last is None else (last * d_last).sum((2, 3))
+        after = 0.0
+        if last is not None and d_last is not None:
+            after = (last * d_last).sum((2, 3))
         d_log_decay = _of_decay(sums, changes, after)
     else:
         batch = query.shape[0]
         whole = lambda state: jnp.broadcast_to(state, (batch, *state.shape[1:]))
+        if d_last is None:
+            d_last = no_state((key, value), decay)[:, :, 0]
         of_decay = lambda log_decay: xla.linear_attention(
             *(query, key, value, scale, log_decay, whole(entering[:, :, 0]), None),
             **_PLAIN,
@@ -237,12 +237,6 @@ def _of_decay(sums, changes, after):
     return jnp.swapaxes(grads.reshape(*sums.shape[:2], -1), 1, 2)
 
 
-def _no_state(query, value):
-    """Zeros, one row for the whole batch."""
-    shape = (1, *query.shape[2:], value.shape[-1])
-    return jnp.zeros_like(query, jnp.float32, shape=shape)
-
-
 def added(
     key: jax.Array,
     value: jax.Array,
@@ -258,11 +252,8 @@ def added(
         key = (weights * repeated(key, heads)).astype(key.dtype)
         scale, log_decay = jnp.ones_like(scale), jnp.zeros_like(scale, shape=heads)
     decay = decay_of(jnp.maximum(log_decay, _LEAST), scale)
-    shape = key.shape[0], heads, 1, key.shape[-1], value.shape[-1]
-    empty = jnp.zeros_like(key, jnp.float32, shape=shape)
-    options = {"pieces": 1, "transposed": transposed}
-    _, leaving = scan((None, key, value), empty, decay, **options)
-    return leaving[:, :, 0]
+    states, until = added_states(1, (key, value), decay, transposed=transposed)
+    return summed("bns,bnshv->bnhv", until[:, :, 0], states)
 
 
 def piece(

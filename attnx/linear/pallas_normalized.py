@@ -44,7 +44,6 @@ def _outputs(
     out, leaving, sums, total, rows, *rest = scan(
         *((query, key, value), states, decay),
         counted=counted,
-        pieces=pieces,
         keep_rest=keep_rest,
     )
     last = jnp.concatenate([leaving, sums[..., None]], -1)[:, :, -1]
@@ -67,7 +66,6 @@ def _backward(pieces, residuals, cotangents):
     d_query, _ = scan(
         *((d_sum, value, key), states.mT, decay),
         offset=Offset(d_total, rows),
-        pieces=pieces,
         return_state=False,
     )
     d_leaving = entering_states(
