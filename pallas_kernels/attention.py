@@ -41,7 +41,7 @@ def attention(
     stages: int,
     warpgroups: int = 2,
     tiles: int = 1,
-    short: int = 0,
+    late: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """Attends each query block to the key blocks that it lists.
 
@@ -64,7 +64,7 @@ def attention(
       warpgroups: 1 to 3, of 64 queries each, that share the keys.
       tiles: tiles of queries that a block of threads serves in turn. More than one
         hides, where lists are short, how a tile begins and ends.
-      short: so many tiles at the start of each head are served after all others.
+      late: so many tiles at the start of each head are served after all others.
 
     Returns:
       The output `[B, T, N, V]` and the log-sum-exp in base 2, float32 `[B, N, T]`.
@@ -101,7 +101,7 @@ def attention(
             """The batch, head and first query of the tile of turn t."""
             number, b = divided(turns.number(me, t), batch)
             # Later tiles of a causal mask visit more: the longest start first.
-            h, i = place(number, heads, num_tiles, short)
+            h, i = place(number, heads, num_tiles, late)
             return b, h, i * tile
 
         def visits_of(t):
