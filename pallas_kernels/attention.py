@@ -42,7 +42,7 @@ def attention(
     stages: int,
     warpgroups: int = 2,
     tiles: int = 1,
-    short: int = 0,
+    late: int = 0,
     goes_on: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Attends each query block to the key blocks that it lists.
@@ -69,7 +69,7 @@ def attention(
       warpgroups: 1 to 3, of 64 queries each, that share the keys.
       tiles: tiles of queries that a block of threads serves in turn. More than one
         hides, where lists are short, how a tile begins and ends.
-      short: so many tiles at the start of each head are served after all others.
+      late: so many tiles at the start of each head are served after all others.
       goes_on: the result is to be a `so_far` again, in the place of the one given.
 
     Returns:
@@ -110,7 +110,7 @@ def attention(
             """The batch, head and first query of the tile of turn t."""
             number, b = divided(turns.number(me, t), batch)
             # Later tiles of a causal mask visit more: the longest start first.
-            h, i = place(number, heads, num_tiles, short)
+            h, i = place(number, heads, num_tiles, late)
             return b, h, i * tile
 
         def visits_of(t):

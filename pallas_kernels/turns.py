@@ -11,30 +11,30 @@ from jax import lax
 PROCESSORS = 132
 
 
-def place(number, heads: int, tiles: int, short: int = 0):
+def place(number, heads: int, tiles: int, late: int = 0):
     """The head and the tile of a number that counts the tiles of all heads.
 
-    Tiles come from the last to the first, head by head. The first `short` of each come
+    Tiles come from the last to the first, head by head. The first `late` of each come
     after all others: as blocks of threads end, they fill what is left of time.
     """
-    if not short:
+    if not late:
         head, i = divided(number, tiles)
         return head, tiles - 1 - i
-    rest = number - heads * (tiles - short)
-    head, i = divided(number, tiles - short)
-    late, late_head = divided(rest, heads)
+    rest = number - heads * (tiles - late)
+    head, i = divided(number, tiles - late)
+    turn, late_head = divided(rest, heads)
     is_late = rest >= 0
     return (
         jnp.where(is_late, late_head, head),
-        jnp.where(is_late, short - 1 - late, tiles - 1 - i),
+        jnp.where(is_late, late - 1 - turn, tiles - 1 - i),
     )
 
 
-def in_order(costs: np.ndarray, short: int = 0) -> np.ndarray:
+def in_order(costs: np.ndarray, late: int = 0) -> np.ndarray:
     """Numbers of tiles `[B, N, tiles]` in the order of `place`, batches first."""
-    early, late = costs[..., short:], costs[..., :short]
-    early = early[..., ::-1].transpose(1, 2, 0).ravel()
-    return np.concatenate([early, late[..., ::-1].transpose(2, 1, 0).ravel()])
+    before, after = costs[..., late:], costs[..., :late]
+    before = before[..., ::-1].transpose(1, 2, 0).ravel()
+    return np.concatenate([before, after[..., ::-1].transpose(2, 1, 0).ravel()])
 
 
 class Turns:

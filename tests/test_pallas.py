@@ -331,9 +331,9 @@ def test_a_query_that_sees_nothing_gives_nothing():
 
 
 @pytest.mark.skipif(not SINCE_0_11, reason="takes long before jax 0.11")
-@pytest.mark.parametrize(("tiles", "short"), [(2, 0), (4, 1)])
-def test_a_block_of_threads_serves_several_tiles(tiles, short, monkeypatch):
-    monkeypatch.setattr(pallas, "_tiles_in_turn", lambda *_: (tiles, short))
+@pytest.mark.parametrize(("tiles", "late"), [(2, 0), (4, 1)])
+def test_a_block_of_threads_serves_several_tiles(tiles, late, monkeypatch):
+    monkeypatch.setattr(pallas, "_tiles_in_turn", lambda *_: (tiles, late))
 
     def both(*args, implementation):
         call = functools.partial(
@@ -357,7 +357,7 @@ def test_a_block_of_threads_serves_several_tiles(tiles, short, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("tiles", "short", "options"),
+    ("tiles", "late", "options"),
     [
         (16, 0, {}),
         # The first eight tiles of a head list fewer keys: they come last.
@@ -368,29 +368,29 @@ def test_a_block_of_threads_serves_several_tiles(tiles, short, monkeypatch):
     ],
 )
 def test_known_lists_may_leave_one_block_of_threads_a_multiprocessor(
-    tiles, short, options, monkeypatch
+    tiles, late, options, monkeypatch
 ):
     found = []
 
-    def kernel(query, *_, tiles, short, **rest):
-        found.append((tiles, short))
+    def kernel(query, *_, tiles, late, **rest):
+        found.append((tiles, late))
         batch, length, heads, _ = query.shape
         return query, jnp.zeros((batch, heads, length))
 
     monkeypatch.setattr(pallas, "attention_kernel", kernel)
     call = functools.partial(SOFTMAX, implementation="pallas", **options)
     jax.eval_shape(jax.jit(call), *structs(shapes(1, 16384, 16, 128), "bfloat16"))
-    assert found == [(tiles, short)]
+    assert found == [(tiles, late)]
 
 
-@pytest.mark.parametrize("short", [0, 3])
-def test_tiles_have_a_number_each(short):
+@pytest.mark.parametrize("late", [0, 3])
+def test_tiles_have_a_number_each(late):
     costs = np.arange(2 * 3 * 10).reshape(2, 3, 10)
-    ordered = in_order(costs, short)
+    ordered = in_order(costs, late)
     assert sorted(ordered) == list(range(60))
     for number, wanted in enumerate(ordered):
         of_batch, batch = divmod(number, 2)
-        head, tile = place(jnp.int32(of_batch), 3, 10, short)
+        head, tile = place(jnp.int32(of_batch), 3, 10, late)
         assert costs[batch, head, tile] == wanted
-    if short:  # The first of each head come after all others.
-        assert (ordered[-2 * 3 * short :] % 10 < short).all()
+    if late:  # The first of each head come after all others.
+        assert (ordered[-2 * 3 * late :] % 10 < late).all()

@@ -226,7 +226,7 @@ def _attend(
     costs = _costs(call.block_mask.counts, (batch, heads), in_block)
     is_short = lists.indices.shape[-1] <= _SHORT
     many = batch * heads * -(-length // tile) if is_short else 0
-    tiles, short = (1, 0) if size > _WIDEST_FUSED else _tiles_in_turn(costs, many)
+    tiles, late = (1, 0) if size > _WIDEST_FUSED else _tiles_in_turn(costs, many)
     kernel = mappable(
         attention_kernel,
         call.masking,
@@ -235,7 +235,7 @@ def _attend(
         stages=3 if small else 2,
         warpgroups=warpgroups,
         tiles=tiles,
-        short=short,
+        late=late,
         goes_on=goes_on,
     )
     first = None if head is None else head[None]
@@ -258,12 +258,12 @@ def _tiles_in_turn(costs, many=0):
         apart = (costs.sum() + _BESIDE * costs.size) / PROCESSORS + costs.max() / 2
         # A window lists less for the first tiles of a head.
         first = int((costs < costs.max()).all((0, 1)).argmin())
-        last = first if first <= costs.shape[-1] * _FEW else 0
-        load, short = min(
-            (loads(in_order(costs, short), tiles).max(), short) for short in (0, last)
+        few = first if first <= costs.shape[-1] * _FEW else 0
+        load, late = min(
+            (loads(in_order(costs, late), tiles).max(), late) for late in (0, few)
         )
         if load < apart:
-            return tiles, short
+            return tiles, late
 
     def cost(count):
         """Of all tiles, where a block of threads adds half a tile of its own."""
