@@ -274,7 +274,9 @@ def attention(
 
             def fetch_rows():
                 numbers, *_ = rows_g
-                for t in range(tiles):
+
+                @pl.loop(0, tiles)
+                def _(t):
                     b, h, start = place_of(t)
                     b = 0 if numbers.shape[0] == 1 else b
                     own = numbers.at[b, h, lax.div(start, jnp.int32(tile))]

@@ -37,6 +37,8 @@ _NARROW = 64
 # to begin and to end, in blocks of keys: a window's nine took a tenth less without it.
 _SHORT = 4
 _BESIDE = 0.85
+# Tiles of gathered rows in turn at most: the numbers of all are in shared memory.
+_GATHERED = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,8 +200,11 @@ def _forward(call, query, key, value, lists, grad_lists, looked_up, rows, known)
     costs = _costs(call.block_mask.counts, (batch, heads), in_block)
     if costs is not None:  # Batches come first, then tiles from the last, then heads.
         costs = costs[..., ::-1].transpose(1, 2, 0)
+    total = batch * heads * -(-length // tile)
     is_short = lists.indices.shape[-1] <= _SHORT
-    short = batch * heads * -(-length // tile) if is_short else 0
+    short = total if is_short else 0
+    # Gathered rows attend to blocks of about the same length.
+    alike = 0 if is_short or rows is None else total
     kernel = mappable(
         attention_kernel,
         call.masking,
@@ -207,7 +212,9 @@ def _forward(call, query, key, value, lists, grad_lists, looked_up, rows, known)
         key_tile=key_tile(query, value),
         stages=3 if small else 2,
         warpgroups=warpgroups,
-        tiles=1 if size > _WIDEST_FUSED else _tiles_in_turn(costs, short=short),
+        tiles=1
+        if size > _WIDEST_FUSED
+        else _tiles_in_turn(costs, short=short, alike=alike),
     )
     first = None if head is None else head[None]
     out, lse = kernel((query, key, value), (lists, looked_up, index, first))
@@ -215,12 +222,13 @@ def _forward(call, query, key, value, lists, grad_lists, looked_up, rows, known)
     return (out, jnp.swapaxes(lse, 1, 2) / LOG2E), residuals
 
 
-def _tiles_in_turn(costs, *, short=0):
+def _tiles_in_turn(costs, *, short=0, alike=0):
     """Tiles for each block of threads: a tile is begun while the one before it ends.
 
     Where lists are known and come to about the same, one block of threads is left for
-    each multiprocessor. Others are better balanced by blocks that start as others end;
-    of lists that are `short`, so many in all, these serve a few.
+    each multiprocessor; where so many are `alike` but not known, one or a few. Others
+    are better balanced by blocks that start as others end; of lists that are `short`,
+    so many in all, these serve a few.
 
     Args:
       costs: of each tile, as the kernel numbers them, or None.
@@ -230,6 +238,9 @@ def _tiles_in_turn(costs, *, short=0):
         apart = (costs.sum() + _BESIDE * costs.size) / PROCESSORS + costs.max() / 2
         if loads(costs.ravel(), tiles).max() < apart:
             return tiles
+    if alike:
+        rounds = -(-alike // (PROCESSORS * _GATHERED))
+        return -(-alike // (PROCESSORS * rounds))
 
     def cost(count):
         """Of all tiles, where a block of threads adds half a tile of its own."""
