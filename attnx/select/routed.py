@@ -20,7 +20,7 @@ from attnx.select.blocks import Blocks, check_block_size, in_blocks
 from attnx.select.choice import Choice
 from attnx.select.chosen import Chosen
 from attnx.select.parts import Rows
-from attnx.select.tiles import plan_tiles, split_tiles
+from attnx.select.tiles import plan_tiles
 from attnx.select.turns import by_heads
 from attnx.softmax import (
     BlockMask,
@@ -180,13 +180,13 @@ def attend_tiles(
     scale,
     implementation,
 ):
-    """Attention of `[B, T, N, H]` by `Tiles`, for `by_heads`.
+    """Attention of `[B, T, N, H]` by tiles, for `by_heads`.
 
     Args:
       query: `[B, T, N, H]`.
       key: `[B, S, K, H]`.
       value: `[B, S, K, V]`.
-      lists: the `Tiles`, of the heads whose turn it is.
+      lists: the `Tiles` or `Marks` of the heads whose turn it is.
       shared: the cut into blocks, and the mask of what is seen beside them or None.
       shares: of all tiles, of runs that attend one after the other.
       known: what this came to, or None.
@@ -201,7 +201,7 @@ def attend_tiles(
       The output `[B, T, N, V]` and the log-sum-exp `[B, T, N]`.
     """
     batch, length = query.shape[:2]
-    heads = lists.block.shape[1]
+    heads = lists.heads
     blocks, beside = shared
     options = {"scale": scale, "implementation": implementation}
     merged = rest
@@ -247,7 +247,7 @@ def attend_tiles(
             **options,
         )
 
-    runs = split_tiles(lists, shares, num_rows=length, per_row=per_row)
+    runs = lists.runs(shares, num_rows=length, per_row=per_row)
     for i, run in enumerate(runs):
         if i > 0:  # One after the other, so that memory holds the parts of one.
             query, merged = jax.lax.optimization_barrier((query, merged))
