@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnx._checks import expect
-from attnx.select.blocks import Blocks, block_scores
+from attnx.select.blocks import Blocks
 from attnx.select.choice import (
     listed,
     mark_by_threshold,
@@ -24,6 +24,7 @@ from attnx.select.choice import (
 )
 from attnx.select.marks import Marks
 from attnx.select.routed import attend_tiles, routed_attention, tile_of
+from attnx.select.scores import scores_in_turn
 from attnx.select.turns import Turn, by_heads
 from attnx.softmax import KernelConfig
 from attnx.softmax.engine import check_arrays
@@ -101,14 +102,16 @@ def vmoba_attention(
     *arrays, _ = check_arrays(*arrays)
     most = _most(top_k, threshold, max_blocks)
     boxes = _Boxes(space, block_size, normalize, scope, most)
-    marks = boxes.choose(*arrays[:2], threshold)
+    # A mask over all pairs; a scale with a gradient, which the query's gives.
+    at_once = implementation == "reference" or not isinstance(scale, int | float | None)
+    # Scores have no reference of their own, and kernels only for what these serve.
+    by = "xla" if implementation in ("reference", "xla") else None
+    marks = boxes.choose(*arrays[:2], threshold, implementation=by)
     options: dict[str, Any] = {
         "block_size": boxes.size,
         "scale": scale,
         "implementation": implementation,
     }
-    # A mask over all pairs; a scale with a gradient, which the query's gives.
-    at_once = implementation == "reference" or not isinstance(scale, int | float | None)
     if at_once or scope == "layer":
         key, value = map(boxes.gather, arrays[1:])
         out, lse = routed_attention(
@@ -219,7 +222,7 @@ class _Boxes:
     def blocks(self):
         return Blocks.regular(math.prod(self.space), self.size)
 
-    def choose(self, query, key, threshold) -> Marks:
+    def choose(self, query, key, threshold, *, implementation) -> Marks:
         """The choice of `[B, T, N, H]`, a few heads at a time. No gradient."""
         query, key = jax.lax.stop_gradient((query, key))
         batch, length, heads, _ = query.shape
@@ -232,7 +235,7 @@ class _Boxes:
         def some(number):
             turn = Turn(number, steps)
             share = None if threshold is None else turn.of(threshold, 1)
-            return self._mark(turn.of(query), turn.of(means), share)
+            return self._mark(query, means, turn, share, implementation)
 
         steps = 1
         if self.scope != "layer":
@@ -246,18 +249,26 @@ class _Boxes:
         if steps == 1:
             words = some(0)
         else:
-            words = jnp.moveaxis(jax.lax.map(some, jnp.arange(steps)), 0, 1)
+            step = lambda i, _: (i + 1, some(i))
+            _, words = jax.lax.scan(step, jnp.int32(0), length=steps)
+            words = jnp.moveaxis(words, 0, 1)
         words = words.reshape(batch, heads, length, -1)
         return Marks(words, count, length * min(self.most, count), tile_of(self.size))
 
-    def _mark(self, query, means, threshold):
-        scores = block_scores(query, means)
+    def _mark(self, query, means, turn, threshold, implementation):
+        own, count = jnp.asarray(self._ids(), jnp.int32), self.blocks.count
+        scored = functools.partial(
+            scores_in_turn, query, means, turn, implementation=implementation
+        )
+        if threshold is None and self.normalize == "min_max":
+            # The best few are the same at any scale.
+            return mark_top_k(scored(own=own), self.most, scope=self.scope)
         if self.normalize == "softmax":
-            scores = row_softmax(scores)
-        elif threshold is not None:  # The best few are the same at any scale.
-            scores = min_max(scores, scope=self.scope)
-        own = jnp.asarray(self._ids())[:, None] == jnp.arange(self.blocks.count)
-        options: dict[str, Any] = {"scope": self.scope, "forced": own}
+            scores = row_softmax(scored())
+        else:
+            scores = min_max(scored(), scope=self.scope)
+        forced = own[:, None] == jnp.arange(count)
+        options: dict[str, Any] = {"scope": self.scope, "forced": forced}
         if threshold is None:
             return mark_top_k(scores, self.most, **options)
         return mark_by_threshold(scores, threshold, max_blocks=self.most, **options)
