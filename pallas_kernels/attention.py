@@ -41,6 +41,7 @@ def attention(
     stages: int,
     warpgroups: int = 2,
     tiles: int = 1,
+    short: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attends each query block to the key blocks that it lists.
 
@@ -63,6 +64,8 @@ def attention(
       warpgroups: 1 to 3, of 64 queries each, that share the keys.
       tiles: tiles of queries that a block of threads serves in turn. More than one
         hides, where lists are short, how a tile begins and ends.
+      short: keys of the first step of every list, a multiple of 64, where there are no
+        more; a list that is not empty has at least two steps. Without a predicate.
 
     Returns:
       The output `[B, T, N, V]` and the log-sum-exp in base 2, float32 `[B, N, T]`.
@@ -77,8 +80,10 @@ def attention(
         rows = rows.reshape(len(rows), heads, -1, tile)
     given = [x for x in (rows, head) if x is not None]
     shape = (ROWS, key_tile)
+    first_keys = short or key_tile
     taking_turns = warpgroups > 1
     split = masking.key_block // key_tile
+    assert short is None or masking.predicate is None
     log2_scale = scale * LOG2E
     num_tiles = pl.cdiv(query_len, tile)
     turns = Turns(num_tiles * heads * batch, tiles)
@@ -163,20 +168,24 @@ def attention(
                 m_new = jnp.maximum(m, scores.max(axis=1) * log2_scale)
                 peak = jnp.where(m_new == -jnp.inf, 0.0, m_new) if masked else m_new
                 alpha = jnp.exp2(m - peak)
-                p = jnp.exp2(scores * log2_scale - mosaic.along(peak, 0, shape))
+                p = jnp.exp2(scores * log2_scale - mosaic.along(peak, 0, scores.shape))
                 return m_new, l * alpha + p.sum(axis=1), alpha, p
 
             def first(j, carry, masked):
                 acc, m, l, _ = carry
                 slot = slot_of(0)
                 plgpu.barrier_wait(k_full.at[slot])
-                scores = products.product(q, mosaic.transposed(k_s.at[slot]))
+                keys = mosaic.transposed(k_s.at[slot, pl.ds(0, first_keys)])
+                scores = products.product(q, keys)
                 plgpu.barrier_arrive(k_free.at[slot])
                 m, l, _, p = update(j, scores, m, l, masked)
                 return acc, m, l, p.astype(dtype)
 
-            def step(j, carry, masked):
+            def step(j, carry, masked, after_first=None):
                 acc, m, l, p = carry
+                value = slice(None)
+                if after_first is not None:
+                    p, value = after_first, pl.ds(0, first_keys)
                 slot, last_slot = slot_of(j), slot_of(j - 1)
                 plgpu.barrier_wait(k_full.at[slot])
                 plgpu.barrier_wait(v_full.at[last_slot])
@@ -188,7 +197,7 @@ def attention(
 
                 acc, (m, l, alpha, p) = products.overlapped(
                     (q, k_s.at[slot]),
-                    (acc, p, v_s.at[last_slot]),
+                    (acc, p, v_s.at[last_slot, value]),
                     issued=lambda: give_turn(lax.rem(wg + 1, jnp.int32(warpgroups))),
                     meanwhile=meanwhile,
                 )
@@ -208,7 +217,7 @@ def attention(
                 mosaic.full((ROWS, value_size), 0.0, TILE),
                 vector(-jnp.inf),
                 vector(0.0),
-                mosaic.full(shape, 0.0, TILE, dtype),
+                mosaic.full((ROWS, first_keys), 0.0, TILE, dtype),
             )
             has_partial = masking.predicate is not None
             partial = visits.partial_count * split if has_partial else 0
@@ -238,8 +247,18 @@ def attention(
                 carry = lax.fori_loop(
                     1, partial, functools.partial(step, masked=True), carry
                 )
+            start_full = jnp.maximum(partial, 1)
+            if short is not None:
+                *carry, p = carry
+                carry = lax.fori_loop(
+                    1,
+                    jnp.minimum(steps, 2),
+                    functools.partial(step, masked=False, after_first=p),
+                    (*carry, mosaic.full(shape, 0.0, TILE, dtype)),
+                )
+                start_full = 2
             carry = lax.fori_loop(
-                jnp.maximum(partial, 1),
+                start_full,
                 steps,
                 functools.partial(step, masked=False),
                 carry,

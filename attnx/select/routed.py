@@ -217,6 +217,10 @@ def attend_tiles(
     if not isinstance(sizes, np.ndarray) or (sizes % step).any():
         mask = _Inside(jnp.asarray(sizes), steps * step)
 
+    first_keys = None
+    if isinstance(sizes, np.ndarray) and (sizes == sizes[:, :1]).all() and steps > 1:
+        first_keys = int(sizes[0, 0]) % step or None
+
     def part(query, run, rest):
         size = jnp.take_along_axis(
             jnp.broadcast_to(jnp.asarray(sizes)[:, None], (batch, 1, count)),
@@ -241,6 +245,7 @@ def attend_tiles(
                 query_len=places,
                 key_len=key.shape[1],
                 block_size=(places // run.block.shape[2], step),
+                first_keys=first_keys,
             ),
             rows=Rows(*run[:4], known, length, per_row, head=turn.head(heads)),
             rest=rest,

@@ -202,22 +202,30 @@ def _forward(call, query, key, value, lists, grad_lists, looked_up, rows, known)
         costs = costs[..., ::-1].transpose(1, 2, 0)
     total = batch * heads * -(-length // tile)
     is_short = lists.indices.shape[-1] <= _SHORT
-    short = total if is_short else 0
+    few = total if is_short else 0
     # Gathered rows attend to blocks of about the same length.
     alike = 0 if is_short or rows is None else total
+    masking, keys = call.masking, key_tile(query, value)
+    short = call.block_mask.first_keys
+    if short is not None and 2 * short == keys == masking.key_block:
+        masking = dataclasses.replace(masking, predicate=None)
+        seen_by = []
+    else:
+        short, seen_by = None, looked_up
     kernel = mappable(
         attention_kernel,
-        call.masking,
+        masking,
         scale=call.scale,
-        key_tile=key_tile(query, value),
+        key_tile=keys,
         stages=3 if small else 2,
         warpgroups=warpgroups,
         tiles=1
         if size > _WIDEST_FUSED
-        else _tiles_in_turn(costs, short=short, alike=alike),
+        else _tiles_in_turn(costs, short=few, alike=alike),
+        short=short,
     )
     first = None if head is None else head[None]
-    out, lse = kernel((query, key, value), (lists, looked_up, index, first))
+    out, lse = kernel((query, key, value), (lists, seen_by, index, first))
     residuals = query, key, value, grad_lists, looked_up, rows, out, lse
     return (out, jnp.swapaxes(lse, 1, 2) / LOG2E), residuals
 
