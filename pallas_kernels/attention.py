@@ -43,6 +43,7 @@ def attention(
     warpgroups: int = 2,
     tiles: int = 1,
     late: int = 0,
+    first_keys: int | None = None,
     goes_on: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Attends each query block to the key blocks that it lists.
@@ -70,6 +71,8 @@ def attention(
       tiles: tiles of queries that a block of threads serves in turn. More than one
         hides, where lists are short, how a tile begins and ends.
       late: so many tiles at the start of each head are served after all others.
+      first_keys: keys of the first step of every list, a multiple of 64, where there are no
+        more; a list that is not empty has at least two steps. Without a predicate.
       goes_on: the result is to be a `so_far` again, in the place of the one given.
 
     Returns:
@@ -190,22 +193,26 @@ def attention(
                 m_new = jnp.maximum(m, scores.max(axis=1) * log2_scale)
                 peak = jnp.where(m_new == -jnp.inf, 0.0, m_new) if masked else m_new
                 alpha = jnp.exp2(m - peak)
-                p = jnp.exp2(scores * log2_scale - mosaic.along(peak, 0, shape))
+                p = jnp.exp2(scores * log2_scale - mosaic.along(peak, 0, scores.shape))
                 return m_new, l * alpha + p.sum(axis=1), alpha, p
 
             def first(j, carry, masked):
                 acc, m, l, _ = carry
                 slot = slot_of(0)
                 plgpu.barrier_wait(k_full.at[slot])
-                scores = products.product(q, mosaic.transposed(k_s.at[slot]))
+                keys = mosaic.transposed(k_s.at[slot, pl.ds(0, first_keys or key_tile)])
+                scores = products.product(q, keys)
                 plgpu.barrier_arrive(k_free.at[slot])
                 m, l, alpha, p = update(j, scores, m, l, masked)
                 if so_far is not None:
                     acc = acc * mosaic.along(alpha, 0, acc.shape)
                 return acc, m, l, p.astype(dtype)
 
-            def step(j, carry, masked):
+            def step(j, carry, masked, after_first=None):
                 acc, m, l, p = carry
+                value = slice(None)
+                if after_first is not None:
+                    p, value = after_first, pl.ds(0, first_keys)
                 slot, last_slot = slot_of(j), slot_of(j - 1)
                 plgpu.barrier_wait(k_full.at[slot])
                 plgpu.barrier_wait(v_full.at[last_slot])
@@ -217,7 +224,7 @@ def attention(
 
                 acc, (m, l, alpha, p) = products.overlapped(
                     (q, k_s.at[slot]),
-                    (acc, p, v_s.at[last_slot]),
+                    (acc, p, v_s.at[last_slot, value]),
                     issued=lambda: give_turn(lax.rem(wg + 1, jnp.int32(warpgroups))),
                     meanwhile=meanwhile,
                 )
@@ -232,7 +239,8 @@ def attention(
                 plgpu.barrier_arrive(v_free.at[slot])
                 return acc
 
-            carry = *beginning(), mosaic.full(shape, 0.0, TILE, dtype)
+            first_shape = ROWS, first_keys or key_tile
+            carry = *beginning(), mosaic.full(first_shape, 0.0, TILE, dtype)
             has_partial = masking.predicate is not None
             partial = visits.partial_count * split if has_partial else 0
             if tiles > 1:
@@ -261,8 +269,18 @@ def attention(
                 carry = lax.fori_loop(
                     1, partial, functools.partial(step, masked=True), carry
                 )
+            start_full = jnp.maximum(partial, 1)
+            if first_keys is not None:
+                *carry, p = carry
+                carry = lax.fori_loop(
+                    1,
+                    jnp.minimum(steps, 2),
+                    functools.partial(step, masked=False, after_first=p),
+                    (*carry, mosaic.full(shape, 0.0, TILE, dtype)),
+                )
+                start_full = 2
             carry = lax.fori_loop(
-                jnp.maximum(partial, 1),
+                start_full,
                 steps,
                 functools.partial(step, masked=False),
                 carry,
@@ -304,7 +322,9 @@ def attention(
 
             def fetch_rows():
                 numbers, *_ = rows_g
-                for t in range(tiles):
+
+                @pl.loop(0, tiles)
+                def _(t):
                     b, h, start = place_of(t)
                     b = 0 if numbers.shape[0] == 1 else b
                     own = numbers.at[b, h, lax.div(start, jnp.int32(tile))]

@@ -18,8 +18,8 @@ LONG = pytest.mark.skipif(
 )
 
 
-def routed(query, key, value, implementation, scope="head"):
-    blocks = select.Blocks.regular(S, BLOCK)
+def routed(query, key, value, implementation, scope="head", block_size=BLOCK):
+    blocks = select.Blocks.regular(S, block_size)
     scores = select.block_scores(query, select.pool_mean(key, blocks))
     return select.routed_attention(
         query,
@@ -27,21 +27,25 @@ def routed(query, key, value, implementation, scope="head"):
         value,
         select.top_k_blocks(scores, 2, scope=scope),
         blocks,
-        block_size=BLOCK,
+        block_size=block_size,
         implementation=implementation,
         return_residual=True,
     )
 
 
-@pytest.mark.parametrize("tiles", [pytest.param(1, marks=LONG), 2])
-def test_rows_of_each_block_are_gathered(tiles, monkeypatch):
+@pytest.mark.parametrize(
+    ("tiles", "block_size"), [pytest.param(1, BLOCK, marks=LONG), (2, BLOCK), (2, 192)]
+)
+def test_rows_of_each_block_are_gathered(tiles, block_size, monkeypatch):
+    """Of blocks of 192 the first step has half as many keys."""
     monkeypatch.setattr(pallas, "_tiles_in_turn", lambda *_, **__: (tiles, 0))
+    run = functools.partial(routed, block_size=block_size)
     args = normal(0, (1, T, 2, 32), (1, S, 1, 32), (1, S, 1, 32), dtype="bfloat16")
     with mosaic.interpret():
-        got = jax.jit(functools.partial(routed, implementation="pallas"))(*args)
+        got = jax.jit(functools.partial(run, implementation="pallas"))(*args)
     # Float32 values of the same inputs, so that both choose the same blocks.
     wide = [x.astype(jnp.float32) for x in args]
-    want = routed(*wide, implementation="reference")
+    want = run(*wide, implementation="reference")
     np.testing.assert_allclose(got[1], want[1], atol=1e-2)
     assert relative_rms(got[0], want[0]) < 5e-3
 

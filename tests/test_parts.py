@@ -35,7 +35,7 @@ def planned(choice):
 
 def runs(plan, choice, implementation, shares):
     """`Rows` of each run of tiles, as the implementation has them."""
-    split = tiles.split_tiles(plan, shares, num_rows=T, per_row=choice.per_row)
+    split = plan.runs(shares, num_rows=T, per_row=choice.per_row)
     for run in split:
         rows = parts.Rows(*run[:4], None, T, choice.per_row)
         yield rows.by(ROW_KERNELS) if implementation == "pallas" else rows

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from attnx._checks import expect, expect_float
-from attnx.select.ranking import best_of, heaviest, running_sum
+from attnx.select.bits import counts, pack, ranks, running_sum, unpack
+from attnx.select.ranking import best_of, heaviest
 from attnx.softmax.block_mask import BlockMask
 from attnx.softmax.mask import Mask, mask_class
 
@@ -102,15 +103,33 @@ def top_k_blocks(
       >>> top_k_blocks(scores, 1, scope="head").to_tiles()[0, 0].astype(int).tolist()
       [[0, 0, 0], [1, 1, 0]]
     """
-    scores, valid, forced = _checked(scores, valid, forced, scope)
-    expect(isinstance(k, int) and k >= 1, "k", "an integer of at least 1", k)
-    ranked = jnp.where(valid, jnp.where(forced, jnp.inf, scores), -jnp.inf)
-    slots = _slots(scores.shape, k, scope)
+    options = {"scope": scope, "valid": valid, "forced": forced}
     if scope != "row":
-        return _listed(best_of(_flat(ranked, scope), slots), valid, scope, slots)
-    _, index = jax.lax.top_k(ranked, slots)
+        marks = mark_top_k(scores, k, **options)
+        return listed(marks, scores.shape[-1], k, scope)
+    valid, _, ranked = _ranked_by(scores, **options)
+    _check_k(k)
+    _, index = jax.lax.top_k(ranked, min(k, scores.shape[-1]))
     kept = jnp.take_along_axis(valid, index, -1)
     return choice_of(index, kept, scores.shape)
+
+
+def mark_top_k(
+    scores: jax.Array,
+    k: int,
+    *,
+    scope: str,
+    valid: jax.Array | None = None,
+    forced: jax.Array | None = None,
+) -> jax.Array:
+    """`top_k_blocks` as bits, uint32 `[B, N, T, W]`: see `bits.pack`."""
+    options = {"scope": scope, "valid": valid, "forced": forced}
+    if scope == "row":
+        return pack(top_k_blocks(scores, k, **options).to_tiles())
+    *_, ranked = _ranked_by(scores, **options)
+    _check_k(k)
+    marks = best_of(_scopes(ranked, scope), _slots(scores.shape, k, scope))
+    return _valid_ones(marks, scores, valid)
 
 
 def threshold_blocks(
@@ -152,27 +171,47 @@ def threshold_blocks(
       >>> threshold_blocks(scores, 0.6).to_tiles()[0, 0].astype(int).tolist()
       [[0, 1, 0], [1, 1, 0]]
     """
-    scores, valid, forced = _checked(scores, valid, forced, scope)
-    if max_blocks is None:
-        max_blocks = scores.shape[-1]
+    most = scores.shape[-1] if max_blocks is None else max_blocks
+    marks = mark_by_threshold(
+        scores, threshold, scope=scope, max_blocks=most, valid=valid, forced=forced
+    )
+    return listed(marks, scores.shape[-1], most, scope)
+
+
+def mark_by_threshold(
+    scores: jax.Array,
+    threshold: float | jax.Array,
+    *,
+    scope: str,
+    max_blocks: int,
+    valid: jax.Array | None = None,
+    forced: jax.Array | None = None,
+) -> jax.Array:
+    """`threshold_blocks` as bits, uint32 `[B, N, T, W]`: see `bits.pack`."""
     expect(
         isinstance(max_blocks, int) and max_blocks >= 1,
         "max_blocks",
         "an integer of at least 1",
         max_blocks,
     )
-    mass = jnp.where(valid, scores, 0)
-    ranked = jnp.where(valid, jnp.where(forced, jnp.inf, scores), -jnp.inf)
-    first = forced & valid
-    mass, ranked, first, before = (
-        _flat(x, scope) for x in (mass, ranked, first, jnp.where(first, scores, 0))
+    options = {"scope": scope, "valid": valid, "forced": forced}
+    seen, first, ranked = _ranked_by(scores, **options)
+    mass, before, first, ranked = (
+        _scopes(x, scope)
+        for x in (
+            jnp.where(seen, scores, 0),
+            jnp.where(first, scores, 0),
+            first,
+            ranked,
+        )
     )
-    slots = _slots(scores.shape, max_blocks, scope)
+    total = lambda x: x.sum((-2, -1))
     # Scores that are all 0 have no best: any share of them takes all.
-    wanted = threshold * (mass.sum(-1) + 1e-6) - before.sum(-1)
+    wanted = threshold * (total(mass) + 1e-6) - total(before)
+    slots = _slots(scores.shape, max_blocks, scope)
     # As many as bring the share, and one that is not forced.
-    best = heaviest(ranked, wanted, least=first.sum(-1) + 1, most=slots)
-    return _listed(best, valid, scope, slots)
+    marks = heaviest(ranked, wanted, least=total(first) + 1, most=slots)
+    return _valid_ones(marks, scores, valid)
 
 
 def min_max(
@@ -229,12 +268,33 @@ def _checked(scores, valid, forced, scope):
     return scores, *masks
 
 
-def _flat(x, scope):
-    """`[B, N, T, n]` with what a scope ranks together in the last axis."""
-    if scope == "row":
+def _check_k(k):
+    expect(isinstance(k, int) and k >= 1, "k", "an integer of at least 1", k)
+
+
+def _ranked_by(scores, *, scope, valid, forced):
+    """What is valid, what of it is forced, and by what all are ranked."""
+    scores, valid, forced = _checked(scores, valid, forced, scope)
+    ranked = jnp.where(forced, jnp.inf, scores)
+    return valid, forced & valid, jnp.where(valid, ranked, -jnp.inf)
+
+
+def _valid_ones(marks, scores, valid):
+    """`[B, N, T, W]` of marks by scope, where more were asked for than are valid."""
+    marks = marks.reshape(*scores.shape[:3], -1)
+    if valid is None:
+        return marks
+    return marks & pack(jnp.broadcast_to(valid, scores.shape))
+
+
+def _scopes(x, scope):
+    """`[B, N, T, n]` with what a scope ranks together in the last two axes."""
+    if scope == "head":
         return x
-    batch, heads, *_ = x.shape
-    return x.reshape(batch, heads if scope == "head" else 1, -1)
+    batch, heads, rows, blocks = x.shape
+    if scope == "row":
+        return x[..., None, :]
+    return x.reshape(batch, 1, heads * rows, blocks)
 
 
 def _slots(shape, per_row, scope):
@@ -264,20 +324,20 @@ def choice_of(index, kept, shape):
     )
 
 
-def _listed(best, valid, scope, slots):
-    """The choice of what is marked in `[B, scopes, size]`, or `[B, N, T, n]` by row."""
-    shape = valid.shape
-    batch, heads, rows, _ = shape
-    best &= _flat(valid, scope)
-    best = best.reshape(-1, best.shape[-1])
-    place = jnp.where(best, running_sum(best) - 1, slots)
-    index = jnp.arange(best.shape[-1], dtype=jnp.int32)
+def listed(marks, count, per_row, scope):
+    """The choice of what is marked, `[B, N, T, W]` of n blocks, so many slots a row."""
+    shape = (*marks.shape[:3], count)
+    marks, slots = _scopes(marks, scope), _slots(shape, per_row, scope)
+    each = counts(marks)
+    first = running_sum(each) - each
+    place = first[..., None] + ranks(marks, count)
+    place = jnp.where(unpack(marks, count), place, slots)
+    lead, size = marks.shape[:-2], marks.shape[-2] * count
+    index = jnp.arange(size, dtype=jnp.int32)
 
     def compact(place):
         empty = jnp.full(slots, -1, jnp.int32)
         return empty.at[place].set(index, mode="drop", unique_indices=True)
 
-    index = jax.vmap(compact)(place)
-    lead = (batch, heads, rows) if scope == "row" else (batch, -1)
-    index = index.reshape(*lead, slots)
+    index = jax.vmap(compact)(place.reshape(-1, size)).reshape(*lead, slots)
     return choice_of(jnp.maximum(index, 0), index >= 0, shape)

@@ -5,62 +5,92 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from attnx.select.bits import counts, first_marks, pack, running_sum
+
+# Bits found in one pass over the numbers, by as many questions as they have values.
+_DIGIT = 3
+# Parts in which numbers are summed up, at most.
+_PARTS = 1024
+
 
 @jax.jit
 def best_of(ranked, count):
-    """The `count` best of `[..., size]`, bool; of equals those that come first."""
+    """The `count` best of `[..., T, n]`, packed; of equals those that come first."""
     count = jnp.asarray(count)
-    last = _largest(lambda value: _sums(ranked >= value[..., None]) >= count, ranked)
-    return _first_of(ranked, last, count)
+
+    def holds(values):
+        return _sums(lambda value: _reach(ranked, value), values) >= count
+
+    return _first_of(ranked, _largest(holds, ranked), count)
 
 
 @jax.jit
 def heaviest(ranked, wanted, *, least, most):
-    """The best of `[..., size]` up to where their sum comes to `wanted`, bool.
+    """The best of `[..., T, n]` up to where their sum comes to `wanted`, packed.
 
     At least `least` and at most `most` of them. No number is negative but -inf, which,
     like inf, adds nothing to the sum.
     """
+    weights = jnp.where(jnp.isfinite(ranked), ranked, 0)
 
-    def holds(value):
-        seen = ranked >= value[..., None]
-        count = _sums(seen)
-        total = _sums(jnp.where(seen & jnp.isfinite(ranked), ranked, 0))
+    def holds(values):
+        count = _sums(lambda value: _reach(ranked, value), values)
+        total = _sums(
+            lambda value: jnp.where(_reach(ranked, value), weights, 0), values
+        )
         return (count >= most) | (total >= wanted) & (count >= least)
 
     last = _largest(holds, ranked)
     above, equal = _beside(ranked, last)
     # Of equals as many as the sum needs: all, if they are 0 or nothing is enough.
-    ties = _sums(equal)
-    rest = wanted - _sums(jnp.where(above & jnp.isfinite(ranked), ranked, 0))
+    ties = equal.sum((-2, -1), dtype=jnp.int32)
+    rest = wanted - jnp.where(above, weights, 0).sum((-2, -1))
     weighs = jnp.isfinite(last) & (last > 0)
     few = jnp.ceil(rest / jnp.where(weighs, last, 1))
     few = jnp.minimum(few, 2.0**30).astype(jnp.int32)
     few = jnp.where(weighs, jnp.clip(few, 0, ties), jnp.where(rest > 0, ties, 0))
-    count = jnp.minimum(jnp.maximum(_sums(above) + few, least), most)
-    return _first_of(ranked, last, count)
+    count = above.sum((-2, -1), dtype=jnp.int32) + few
+    return _first_of(ranked, last, jnp.minimum(jnp.maximum(count, least), most))
 
 
 def _first_of(ranked, last, count):
     """What is above `last`, and of its equals the first, `count` in all."""
-    above, equal = _beside(ranked, last)
-    left = count - _sums(above)
-    return above | equal & (running_sum(equal) <= left[..., None])
+    above, equal = map(pack, _beside(ranked, last))
+    left = count - counts(above).sum(-1)
+    ties = counts(equal)
+    left = left[..., None] - (running_sum(ties) - ties)
+    return above | first_marks(equal, left, ranked.shape[-1])
+
+
+def _reach(ranked, value):
+    return ranked >= value[..., None, None]
 
 
 def _beside(ranked, last):
-    return ranked > last[..., None], ranked == last[..., None]
+    last = last[..., None, None]
+    return ranked > last, ranked == last
 
 
-def _sums(x):
-    return x.sum(-1, dtype=jnp.int32 if x.dtype == bool else x.dtype)
+def _sums(of, values):
+    """The sum of `of(value)`, `[..., T, n]`, for each of some values.
+
+    All are summed in one pass, part by part, and the parts of all in another.
+    """
+
+    def parts(x):
+        rows = x.shape[-2]
+        count = max(n for n in range(1, min(rows, _PARTS) + 1) if rows % n == 0)
+        dtype = jnp.int32 if x.dtype == bool else x.dtype
+        return x.reshape(*x.shape[:-2], count, -1).sum(-1, dtype=dtype)
+
+    return jnp.stack([parts(of(value)) for value in values]).sum(-1)
 
 
 def _largest(holds, like):
-    """The largest float of which `holds(value)`, or -inf, two bits at a time.
+    """The largest float of which `holds`, or -inf, a digit of a few bits at a time.
 
-    It holds of all smaller ones too. The floats are `[...]`, one for each row of
-    `like`, `[..., size]`.
+    It holds of all smaller ones too. The floats are `[...]`, one for each `[T, n]` of
+    `like`; `holds` is asked about several, `[m, ...]`.
     """
     bits = jnp.finfo(like.dtype).bits
     dtype = jnp.dtype(f"uint{bits}")
@@ -72,27 +102,14 @@ def _largest(holds, like):
         return jax.lax.bitcast_convert_type(x, like.dtype)
 
     def step(i, order):
-        shift = (bits - 2 - 2 * i).astype(dtype)
-        base = order
-        # Three questions, which the compiler asks in one pass over the numbers.
-        for digit in (1, 2, 3):
-            more = base | jnp.left_shift(jnp.array(digit, dtype), shift)
-            value = float_of(more)
-            order = jnp.where(holds(value) & ~jnp.isnan(value), more, order)
-        return order
+        # The last digit may begin with bits that are known: what holds stays the same.
+        shift = jnp.maximum(bits - _DIGIT * (1 + i), 0).astype(dtype)
+        digits = jnp.arange(1, 1 << _DIGIT, dtype=dtype)
+        more = order | (digits << shift).reshape(-1, *[1] * order.ndim)
+        values = float_of(more)
+        held = holds(values) & ~jnp.isnan(values)
+        return jnp.where(held, more, order).max(0)
 
-    start = jnp.zeros_like(like[..., 0], dtype)
-    last = float_of(jax.lax.fori_loop(0, bits // 2, step, start))
+    order = jnp.zeros(like.shape[:-2], dtype)
+    last = float_of(jax.lax.fori_loop(0, -(-bits // _DIGIT), step, order))
     return jnp.where(jnp.isnan(last), -jnp.inf, last)
-
-
-def running_sum(x):
-    """The inclusive sums of bool `[..., size]`, in two levels."""
-    size = x.shape[-1]
-    width = 1 << (max(size - 1, 1).bit_length() // 2)
-    pad = [(0, 0)] * (x.ndim - 1) + [(0, -size % width)]
-    x = jnp.pad(x, pad).reshape(*x.shape[:-1], -1, width).astype(jnp.int32)
-    inner = jnp.cumsum(x, -1)
-    outer = jnp.cumsum(inner[..., -1], -1)
-    sums = inner + (outer - inner[..., -1])[..., None]
-    return sums.reshape(*x.shape[:-2], -1)[..., :size]

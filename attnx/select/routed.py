@@ -20,7 +20,7 @@ from attnx.select.blocks import Blocks, check_block_size, in_blocks
 from attnx.select.choice import Choice
 from attnx.select.chosen import Chosen
 from attnx.select.parts import Rows
-from attnx.select.tiles import plan_tiles, split_tiles
+from attnx.select.tiles import plan_tiles
 from attnx.select.turns import by_heads
 from attnx.softmax import (
     BlockMask,
@@ -180,13 +180,13 @@ def attend_tiles(
     scale,
     implementation,
 ):
-    """Attention of `[B, T, N, H]` by `Tiles`, for `by_heads`.
+    """Attention of `[B, T, N, H]` by tiles, for `by_heads`.
 
     Args:
       query: `[B, T, N, H]`.
       key: `[B, S, K, H]`.
       value: `[B, S, K, V]`.
-      lists: the `Tiles`, of the heads whose turn it is.
+      lists: the `Tiles` or `Marks` of the heads whose turn it is.
       shared: the cut into blocks, and the mask of what is seen beside them or None.
       shares: of all tiles, of runs that attend one after the other.
       known: what this came to, or None.
@@ -201,7 +201,7 @@ def attend_tiles(
       The output `[B, T, N, V]` and the log-sum-exp `[B, T, N]`.
     """
     batch, length = query.shape[:2]
-    heads = lists.block.shape[1]
+    heads = lists.heads
     blocks, beside = shared
     options = {"scale": scale, "implementation": implementation}
     merged = rest
@@ -216,6 +216,10 @@ def attend_tiles(
     mask = None
     if not isinstance(sizes, np.ndarray) or (sizes % step).any():
         mask = _Inside(jnp.asarray(sizes), steps * step)
+
+    first_keys = None
+    if isinstance(sizes, np.ndarray) and (sizes == sizes[:, :1]).all() and steps > 1:
+        first_keys = int(sizes[0, 0]) % step or None
 
     def part(query, run, rest):
         size = jnp.take_along_axis(
@@ -241,13 +245,14 @@ def attend_tiles(
                 query_len=places,
                 key_len=key.shape[1],
                 block_size=(places // run.block.shape[2], step),
+                first_keys=first_keys,
             ),
             rows=Rows(*run[:4], known, length, per_row, head=turn.head(heads)),
             rest=rest,
             **options,
         )
 
-    runs = split_tiles(lists, shares, num_rows=length, per_row=per_row)
+    runs = lists.runs(shares, num_rows=length, per_row=per_row)
     for i, run in enumerate(runs):
         if i > 0:  # One after the other, so that memory holds the parts of one.
             query, merged = jax.lax.optimization_barrier((query, merged))

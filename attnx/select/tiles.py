@@ -4,11 +4,33 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+
+class Run(NamedTuple):
+    """Neighbouring tiles, and the parts of each row in them.
+
+    Attributes:
+      index: int32 `[B, N, M]`, the row in each place of the run.
+      place: int32 `[B, N, P]`, the place of each pair in the run, M where in none.
+      first: int32 `[B, N, T]`, each row's first pair of the run; None where every row
+        has as many pairs.
+      stop: int32 `[B, N, T]`, the first pair that is not the row's or not of the run.
+      block: int32 `[B, N, n]`, which block each tile attends to.
+      used: int32 `[B, N, n]`, whether it is in use, 0 or 1.
+    """
+
+    index: jax.Array
+    place: jax.Array
+    first: jax.Array | None
+    stop: jax.Array | None
+    block: jax.Array
+    used: jax.Array
 
 
 class Tiles(NamedTuple):
@@ -54,11 +76,56 @@ class Tiles(NamedTuple):
             row = jax.vmap(jax.vmap(take))(self.owner, self.pair)
         return jnp.where(self.pair < self.owner.shape[2], row, num_rows)
 
+    @property
+    def heads(self) -> int:
+        return self.block.shape[1]
+
+    def runs(
+        self, shares: Sequence[int], *, num_rows: int, per_row: int | None
+    ) -> Iterator[Run]:
+        """Runs that are such shares of all tiles, of so many rows and pairs of each."""
+        count = self.block.shape[2]
+        tile = self.pair.shape[2] // count
+        index, place = self.owners(num_rows, per_row), self.places()
+        bounds = bounds_of(shares, count)
+        pairs = None
+        if per_row is None:
+            stops = np.array(bounds[1:], np.int32) * tile
+            find = functools.partial(_pairs_of_rows, stops=stops, num_rows=num_rows)
+            pairs = _by_batch(find, self.owner, place)
+        for i, (first, stop) in enumerate(itertools.pairwise(bounds)):
+            size = (stop - first) * tile
+            inside = place - first * tile
+            yield Run(
+                index[:, :, first * tile : stop * tile],
+                jnp.where((inside >= 0) & (inside < size), inside, size),
+                *(None, None) if pairs is None else (x[:, i] for x in pairs),
+                self.block[:, :, first:stop],
+                self.used[:, :, first:stop],
+            )
+
 
 def plan_tiles(rows, blocks, *, count, tile):
     """Sorts the pairs of `[B, N, P]` by block and fills `Tiles`."""
     plan = functools.partial(_plan, count=count, tile=tile)
     return Tiles(rows, *_by_batch(plan, blocks))
+
+
+def bounds_of(shares, count):
+    """Where runs begin and end that are such shares of so many tiles."""
+    total = sum(shares)
+    return sorted({count * x // total for x in (0, *itertools.accumulate(shares))})
+
+
+def of_blocks(stops, most):
+    """The block of each of so many tiles, and whether it is in use: `[..., most]`.
+
+    Those of a block end before `stops`, `[..., n]`.
+    """
+    index = jnp.arange(most, dtype=jnp.int32)
+    block = (stops[..., None, :] <= index[:, None]).sum(-1, dtype=jnp.int32)
+    used = (index < stops[..., -1:]).astype(jnp.int32)
+    return jnp.minimum(block, stops.shape[-1] - 1), used
 
 
 def _by_batch(fn, *arrays):
@@ -89,10 +156,8 @@ def _plan(blocks, *, count, tile):
     # Each block leaves at most one tile unfilled.
     most = max(1, (pairs + count * (tile - 1)) // tile)
 
+    block, used = of_blocks(stops, most)
     index = jnp.arange(most, dtype=jnp.int32)
-    block = (stops[:, None] <= index[:, None]).sum(-1, dtype=jnp.int32)
-    block = jnp.minimum(block, count - 1)
-    used = (index < stops[:, -1:]).astype(jnp.int32)
     start, size, begin = (
         x.reshape(-1)[each * count + block] for x in (starts, sizes, first)
     )
@@ -102,51 +167,6 @@ def _plan(blocks, *, count, tile):
     place = jnp.clip((begin + offset)[..., None] + inside, 0, lists * pairs - 1)
     pair = jnp.where(inside < left, order[place] - each[..., None] * pairs, pairs)
     return pair.reshape(lists, -1), block, used
-
-
-class Run(NamedTuple):
-    """Neighbouring tiles, and the parts of each row in them.
-
-    Attributes:
-      index: int32 `[B, N, M]`, the row in each place of the run.
-      place: int32 `[B, N, P]`, the place of each pair in the run, M where in none.
-      first: int32 `[B, N, T]`, each row's first pair of the run; None where every row
-        has as many pairs.
-      stop: int32 `[B, N, T]`, the first pair that is not the row's or not of the run.
-      block: int32 `[B, N, n]`, which block each tile attends to.
-      used: int32 `[B, N, n]`, whether it is in use, 0 or 1.
-    """
-
-    index: jax.Array
-    place: jax.Array
-    first: jax.Array | None
-    stop: jax.Array | None
-    block: jax.Array
-    used: jax.Array
-
-
-def split_tiles(tiles, shares, *, num_rows, per_row):
-    """Runs of `Tiles` that are such shares of all."""
-    count = tiles.block.shape[2]
-    tile = tiles.pair.shape[2] // count
-    index, place = tiles.owners(num_rows, per_row), tiles.places()
-    total = sum(shares)
-    bounds = sorted({count * x // total for x in (0, *itertools.accumulate(shares))})
-    pairs = None
-    if per_row is None:
-        stops = np.array(bounds[1:], np.int32) * tile
-        find = functools.partial(_pairs_of_rows, stops=stops, num_rows=num_rows)
-        pairs = _by_batch(find, tiles.owner, place)
-    for i, (first, stop) in enumerate(itertools.pairwise(bounds)):
-        size = (stop - first) * tile
-        inside = place - first * tile
-        yield Run(
-            index[:, :, first * tile : stop * tile],
-            jnp.where((inside >= 0) & (inside < size), inside, size),
-            *(None, None) if pairs is None else (x[:, i] for x in pairs),
-            tiles.block[:, :, first:stop],
-            tiles.used[:, :, first:stop],
-        )
 
 
 def _pairs_of_rows(owner, place, *, stops, num_rows):

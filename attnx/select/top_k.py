@@ -11,16 +11,14 @@ from attnx._checks import expect, expect_shape
 from attnx._dispatch import dispatch
 from attnx.select.blocks import block_scores
 from attnx.select.choice import Choice, choice_of, top_k_blocks
+from attnx.select.scores import HEAD_SIZES, bfloat16_parts
 from pallas_kernels.batching import mappable
 from pallas_kernels.mosaic import wrong_device
 from pallas_kernels.top_blocks import BLOCKS, TILE
 from pallas_kernels.top_blocks import top_blocks as kernel
 
-HEAD_SIZES = (32, 64, 96, 128)
 # Insertion costs k comparisons a block taken, of which there are k.
 LARGEST_K = 16
-# bfloat16 numbers that add up to one float32.
-_PARTS = 3
 # Scores of one step of `xla`.
 _SCORES = 1 << 27
 
@@ -124,22 +122,11 @@ def _by_kernel(k, query, pooled, first, stop):
     first, stop = (jnp.pad(x, ((0, 0), (0, -length % TILE))) for x in (first, stop))
     stop = jnp.minimum(stop, count)
     pooled = jnp.pad(pooled, ((0, 0), (0, -count % BLOCKS), (0, 0), (0, 0)))
-    parts = _parts(pooled.astype(jnp.float32), query.dtype)
+    parts = bfloat16_parts(pooled.astype(jnp.float32), query.dtype)
     find = mappable(kernel, k=k)
     scores, index = find((query, parts, jnp.maximum(first, 0), stop), ())
     scores, index = (jnp.swapaxes(x[..., :length], 2, 3) for x in (scores, index))
     return index, scores > -jnp.inf
-
-
-def _parts(x, dtype):
-    """`[B, n, K, H]` as a sum of `[B, P, n, K, H]` in a shorter dtype."""
-    parts = []
-    for _ in range(_PARTS):
-        # Written so that no compiler keeps the precision that is to be taken off.
-        part = jax.lax.reduce_precision(x, 8, 7)
-        parts.append(part.astype(dtype))
-        x = x - part
-    return jnp.stack(parts, 1)
 
 
 def _unsupported(k, implementation, query, pooled, first, stop):

@@ -11,21 +11,26 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attnx._checks import expect
-from attnx.select.blocks import Blocks, block_scores, pool_mean
+from attnx.select.blocks import Blocks
 from attnx.select.choice import (
-    Choice,
+    listed,
+    mark_by_threshold,
+    mark_top_k,
     min_max,
     row_softmax,
-    threshold_blocks,
-    top_k_blocks,
 )
+from attnx.select.marks import Marks
 from attnx.select.routed import attend_tiles, routed_attention, tile_of
-from attnx.select.tiles import plan_tiles
+from attnx.select.scores import scores_in_turn
 from attnx.select.turns import Turn, by_heads
 from attnx.softmax import KernelConfig
 from attnx.softmax.engine import check_arrays
+
+# Scores of one step of the choice, if one head has no more: what a cache holds.
+_SCORES = 1 << 23
 
 
 def vmoba_attention(
@@ -93,64 +98,56 @@ def vmoba_attention(
     options = ("min_max", "softmax")
     expect(normalize in options, "normalize", f"one of {options}", repr(normalize))
 
-    flat = (x.reshape(len(x), -1, *x.shape[-2:]) for x in (query, key, value))
-    batch, length, heads, _ = check_arrays(*flat)[0].shape
+    arrays = [x.reshape(len(x), -1, *x.shape[-2:]) for x in (query, key, value)]
+    *arrays, _ = check_arrays(*arrays)
     most = _most(top_k, threshold, max_blocks)
     boxes = _Boxes(space, block_size, normalize, scope, most)
-    options: dict[str, Any] = {"scale": scale, "implementation": implementation}
     # A mask over all pairs; a scale with a gradient, which the query's gives.
     at_once = implementation == "reference" or not isinstance(scale, int | float | None)
+    # Scores have no reference of their own, and kernels only for what these serve.
+    by = "xla" if implementation in ("reference", "xla") else None
+    marks = boxes.choose(*arrays[:2], threshold, implementation=by)
+    options: dict[str, Any] = {
+        "block_size": boxes.size,
+        "scale": scale,
+        "implementation": implementation,
+    }
     if at_once or scope == "layer":
-        arrays = [boxes.gather(x) for x in (query, key, value)]
-        choice = boxes.choose(*arrays[:2], threshold)
+        key, value = map(boxes.gather, arrays[1:])
         out, lse = routed_attention(
-            *arrays,
-            choice,
+            arrays[0],
+            key,
+            value,
+            listed(marks.words, marks.count, most, scope),
             boxes.blocks,
-            block_size=boxes.size,
             return_residual=True,
             **options,
         )
-        out, lse = boxes.scatter(out), boxes.scatter(lse)
     else:
-        if threshold is not None:  # For each of the heads, which take turns.
-            shape = (batch, heads) if scope == "head" else (batch, heads, length)
-            threshold = jnp.broadcast_to(threshold, shape)
         out, lse = by_heads(
             functools.partial(_attend, boxes, options),
-            (query, key, value),
-            threshold,
+            tuple(arrays),
+            marks,
             (),
-            pairs=batch * length * min(most, boxes.blocks.count),
+            pairs=len(query) * marks.slots,
         )
+    out, lse = (x.reshape(query.shape[:-1] + x.shape[3:]) for x in (out, lse))
     return (out, lse) if return_residual else out
 
 
-def _attend(boxes, options, *arrays, lists, shared, shares, known, rest, turn):
-    """For `by_heads`: what one head needs is made in its turn."""
-    arrays = [boxes.gather(turn.of(x)) for x in arrays]
-    if known is not None:
-        known = tuple(boxes.gather(x) for x in known)
-    choice = boxes.choose(*arrays[:2], lists)
-    tiles = plan_tiles(
-        choice.rows,
-        choice.blocks,
-        count=boxes.blocks.count,
-        tile=tile_of(boxes.size),
-    )
-    out, lse = attend_tiles(
-        *arrays,
-        lists=tiles,
+def _attend(boxes, options, *arrays, shared, turn, **rest):
+    """For `by_heads`: the keys of one head are put in order in its turn."""
+    query, key, value = map(turn.of, arrays)
+    return attend_tiles(
+        query,
+        boxes.gather(key),
+        boxes.gather(value),
         shared=(boxes.blocks, None),
-        shares=shares,
-        known=known,
-        rest=rest,
         turn=Turn(),
-        block_size=boxes.size,
-        per_row=choice.per_row,
+        per_row=None,
+        **rest,
         **options,
     )
-    return boxes.scatter(out), boxes.scatter(lse)
 
 
 def vmoba_block_sizes(
@@ -225,40 +222,85 @@ class _Boxes:
     def blocks(self):
         return Blocks.regular(math.prod(self.space), self.size)
 
-    def choose(self, query, key, threshold) -> Choice:
-        """The choice of `[B, T, N, H]`, box after box. No gradient."""
+    def choose(self, query, key, threshold, *, implementation) -> Marks:
+        """The choice of `[B, T, N, H]`, a few heads at a time. No gradient."""
         query, key = jax.lax.stop_gradient((query, key))
-        blocks = self.blocks
-        scores = block_scores(query, pool_mean(key, blocks))
-        if self.normalize == "softmax":
-            scores = row_softmax(scores)
+        batch, length, heads, _ = query.shape
+        key_heads, count = key.shape[2], self.blocks.count
+        means = self._means(key)
+        if threshold is not None and self.scope != "layer":
+            shape = (batch, heads) if self.scope == "head" else (batch, heads, length)
+            threshold = jnp.broadcast_to(threshold, shape)
+
+        def some(number):
+            turn = Turn(number, steps)
+            share = None if threshold is None else turn.of(threshold, 1)
+            return self._mark(query, means, turn, share, implementation)
+
+        steps = 1
+        if self.scope != "layer":
+            scores = batch * heads // key_heads * length * count
+            steps = min(
+                n
+                for n in range(1, key_heads + 1)
+                if key_heads % n == 0
+                and (n == key_heads or key_heads // n * scores <= _SCORES)
+            )
+        if steps == 1:
+            words = some(0)
         else:
-            scores = min_max(scores, scope=self.scope)
-        own = blocks.ids[0][:, None] == jnp.arange(blocks.count)
-        options: dict[str, Any] = {"scope": self.scope, "forced": own}
+            step = lambda i, _: (i + 1, some(i))
+            _, words = jax.lax.scan(step, jnp.int32(0), length=steps)
+            words = jnp.moveaxis(words, 0, 1)
+        words = words.reshape(batch, heads, length, -1)
+        return Marks(words, count, length * min(self.most, count), tile_of(self.size))
+
+    def _mark(self, query, means, turn, threshold, implementation):
+        own, count = jnp.asarray(self._ids(), jnp.int32), self.blocks.count
+        scored = functools.partial(
+            scores_in_turn, query, means, turn, implementation=implementation
+        )
+        if threshold is None and self.normalize == "min_max":
+            # The best few are the same at any scale.
+            return mark_top_k(scored(own=own), self.most, scope=self.scope)
+        if self.normalize == "softmax":
+            scores = row_softmax(scored())
+        else:
+            scores = min_max(scored(), scope=self.scope)
+        forced = own[:, None] == jnp.arange(count)
+        options: dict[str, Any] = {"scope": self.scope, "forced": forced}
         if threshold is None:
-            return top_k_blocks(scores, self.most, **options)
-        return threshold_blocks(scores, threshold, max_blocks=self.most, **options)
+            return mark_top_k(scores, self.most, **options)
+        return mark_by_threshold(scores, threshold, max_blocks=self.most, **options)
+
+    def _ids(self):
+        """The box of each token."""
+        where = np.indices(self.space).reshape(len(self.space), -1)
+        box = where // np.reshape(self.block_size, (-1, 1))
+        return np.ravel_multi_index(tuple(box), tuple(n for n, _ in self._cut()))
+
+    def _means(self, x):
+        """The mean of each box of `[B, T, K, H]`, float32 or better `[B, n, K, H]`."""
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        shape = [len(x), *self.space, *x.shape[2:]]
+        # One axis after the other, the last first: each pass is over what is left. In
+        # one, threads would be few and each would add up a whole box.
+        for axis in range(len(self.space), 0, -1):
+            shape[axis : axis + 1] = self._cut()[axis - 1]
+            x = jax.lax.optimization_barrier(x.reshape(shape).sum(axis + 1))
+            del shape[axis + 1]
+        return x.reshape(shape[0], -1, *shape[-2:]) / self.size
+
+    def _cut(self):
+        """How many boxes there are along each axis, and how long they are."""
+        sizes = zip(self.space, self.block_size, strict=True)
+        return [(n // size, size) for n, size in sizes]
 
     def gather(self, x):
-        """`[B, *space, ...]` to `[B, T, ...]`, box after box."""
-        rank = len(self.space)
-        rest = x.shape[1 + rank :]
-        sizes = zip(self.space, self.block_size, strict=True)
-        cut = [(n // size, size) for n, size in sizes]
-        x = x.reshape(len(x), *itertools.chain(*cut), *rest)
-        x = x.transpose(_order(rank, x.ndim))
-        return x.reshape(len(x), -1, *rest)
-
-    def scatter(self, x):
-        """Undoes `gather`."""
-        rank, rest = len(self.space), x.shape[2:]
-        sizes = zip(self.space, self.block_size, strict=True)
-        grid = [n // size for n, size in sizes]
-        x = x.reshape(len(x), *grid, *self.block_size, *rest)
-        order = _order(rank, x.ndim)
-        x = x.transpose([order.index(axis) for axis in range(x.ndim)])
-        return x.reshape(len(x), *self.space, *rest)
+        """`[B, T, ...]`, token after token, with those of a box next to each other."""
+        shape = x.shape
+        x = x.reshape(shape[0], *itertools.chain(*self._cut()), *shape[2:])
+        return x.transpose(_order(len(self.space), x.ndim)).reshape(shape)
 
 
 def _order(rank, ndim):

@@ -16,7 +16,7 @@ from attnx.softmax.masks import Full
 SKIP, PARTIAL, FULL = 0, 1, 2
 
 
-@mask_class(meta=("query_len", "key_len", "block_size"))
+@mask_class(meta=("query_len", "key_len", "block_size", "first_keys"))
 class BlockMask:
     """For each query block, the key blocks it visits: partial ones first, then full.
 
@@ -33,6 +33,9 @@ class BlockMask:
       query_len: T; the last query block may be ragged.
       key_len: S; the last key block may be ragged and is then partial.
       block_size: `(queries, keys)` of a block.
+      first_keys: how many keys there are in the first block of every list, the only
+        partial one, where that is known: then `mask` says nothing else. Lists that are
+        not empty have at least one full block.
     """
 
     indices: jax.Array
@@ -42,6 +45,7 @@ class BlockMask:
     query_len: int
     key_len: int
     block_size: tuple[int, int]
+    first_keys: int | None = None
 
     @classmethod
     def from_mask(

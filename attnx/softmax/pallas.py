@@ -41,6 +41,8 @@ _BESIDE = 0.85
 # The share of a head's tiles that may be served out of order. Neighbours, served at the
 # same time, find each other's keys in the cache.
 _FEW = 0.25
+# Tiles of gathered rows in turn at most: the numbers of all are in shared memory.
+_GATHERED = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,31 +226,44 @@ def _attend(
     tile = warpgroups * ROWS
     in_block = call.masking.query_block // tile
     costs = _costs(call.block_mask.counts, (batch, heads), in_block)
+    total = batch * heads * -(-length // tile)
     is_short = lists.indices.shape[-1] <= _SHORT
-    many = batch * heads * -(-length // tile) if is_short else 0
-    tiles, late = (1, 0) if size > _WIDEST_FUSED else _tiles_in_turn(costs, many)
+    many = total if is_short else 0
+    # Gathered rows attend to blocks of about the same length.
+    alike = 0 if is_short or rows is None else total
+    tiles, late = (1, 0)
+    if size <= _WIDEST_FUSED:
+        tiles, late = _tiles_in_turn(costs, many, alike)
+    masking, keys = call.masking, key_tile(query, value)
+    first_keys = call.block_mask.first_keys
+    if first_keys is not None and 2 * first_keys == keys == masking.key_block:
+        masking = dataclasses.replace(masking, predicate=None)
+        looked_up = []
+    else:
+        first_keys = None
     kernel = mappable(
         attention_kernel,
-        call.masking,
+        masking,
         scale=call.scale,
-        key_tile=key_tile(query, value),
+        key_tile=keys,
         stages=3 if small else 2,
         warpgroups=warpgroups,
         tiles=tiles,
         late=late,
+        first_keys=first_keys,
         goes_on=goes_on,
     )
     first = None if head is None else head[None]
     return kernel((query, key, value, so_far), (lists, looked_up, index, first))
 
 
-def _tiles_in_turn(costs, many=0):
+def _tiles_in_turn(costs, many=0, alike=0):
     """Tiles for each block of threads, and how many of a head are served last.
 
     A tile is begun while the one before it ends. Where lists are known and come to
-    about the same, one block of threads is left for each multiprocessor. Others are
-    better balanced by blocks that start as others end; of lists that are short, `many`
-    in all, these serve a few.
+    about the same, one block of threads is left for each multiprocessor, and where so
+    many are `alike` but not known, one or a few. Others are better balanced by blocks
+    that start as others end; of lists that are short, `many` in all, these serve a few.
 
     Args:
       costs: of each tile, `[B, N, tiles]`, or None.
@@ -264,6 +279,9 @@ def _tiles_in_turn(costs, many=0):
         )
         if load < apart:
             return tiles, late
+    if alike:
+        rounds = -(-alike // (PROCESSORS * _GATHERED))
+        return -(-alike // (PROCESSORS * rounds)), 0
 
     def cost(count):
         """Of all tiles, where a block of threads adds half a tile of its own."""
