@@ -71,8 +71,9 @@ def attention(
       tiles: tiles of queries that a block of threads serves in turn. More than one
         hides, where lists are short, how a tile begins and ends.
       late: so many tiles at the start of each head are served after all others.
-      first_keys: keys of the first step of every list, a multiple of 64, where there are no
-        more; a list that is not empty has at least two steps. Without a predicate.
+      first_keys: keys of the first step of every list, a multiple of 64, where there
+        are no more; a list that is not empty has at least two steps. Without a
+        predicate.
       goes_on: the result is to be a `so_far` again, in the place of the one given.
 
     Returns:
