@@ -379,3 +379,8 @@ def test_known_lists_may_leave_one_block_of_threads_a_multiprocessor(
     call = functools.partial(SOFTMAX, implementation="pallas", **options)
     jax.eval_shape(jax.jit(call), *structs(shapes(1, 16384, 16, 128), "bfloat16"))
     assert found == [tiles]
+
+
+@pytest.mark.parametrize(("alike", "tiles"), [(100, 1), (4000, 31), (4307, 17)])
+def test_tiles_that_are_alike_leave_a_few_blocks_of_threads(alike, tiles):
+    assert pallas._tiles_in_turn(None, alike=alike) == tiles
