@@ -394,3 +394,8 @@ def test_tiles_have_a_number_each(late):
         assert costs[batch, head, tile] == wanted
     if late:  # The first of each head come after all others.
         assert (ordered[-2 * 3 * late :] % 10 < late).all()
+
+
+@pytest.mark.parametrize(("alike", "tiles"), [(100, 1), (4000, 31), (4307, 17)])
+def test_tiles_that_are_alike_leave_a_few_blocks_of_threads(alike, tiles):
+    assert pallas._tiles_in_turn(None, alike=alike) == (tiles, 0)

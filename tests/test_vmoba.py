@@ -75,11 +75,23 @@ def test_matches_the_reference():
     ids=str,
 )
 def test_heads_take_turns(options, monkeypatch):
-    """Each finds its choice in its turn, or that of all is attended in runs."""
-    monkeypatch.setattr("attnx.select.turns._PAIRS", 1)
-    monkeypatch.setattr("attnx.select.turns._RUNS", 2)
+    """They choose and attend in turn, or the choice of all is attended in runs."""
+    take_turns(monkeypatch)
     options |= {"block_size": BOXES[2], "return_residual": True}
     assert_matches(vmoba("xla", **options), vmoba("reference", **options), ARRAYS)
+
+
+def test_heads_with_keys_of_their_own_take_turns(monkeypatch):
+    take_turns(monkeypatch)
+    options = {"block_size": BOXES[2], "top_k": 2, "return_residual": True}
+    arrays = normal(1, *[(B, *SPACE, 3, H)] * 3)
+    assert_matches(vmoba("xla", **options), vmoba("reference", **options), arrays)
+
+
+def take_turns(monkeypatch):
+    monkeypatch.setattr("attnx.select.turns._PAIRS", 1)
+    monkeypatch.setattr("attnx.select.turns._RUNS", 2)
+    monkeypatch.setattr("attnx.select.vmoba._SCORES", 1)
 
 
 def test_a_scale_has_a_gradient():

@@ -179,6 +179,7 @@ def attend_tiles(
     per_row,
     scale,
     implementation,
+    among=None,
 ):
     """Attention of `[B, T, N, H]` by tiles, for `by_heads`.
 
@@ -196,11 +197,14 @@ def attend_tiles(
       per_row: pairs of each row, or None where that varies.
       scale: as a number.
       implementation: of the attention.
+      among: `(number, others)` where the query has those of other heads as well, as
+        `[B, T * others, 1, H]`: its rows are number, number + others, ...
 
     Returns:
       The output `[B, T, N, V]` and the log-sum-exp `[B, T, N]`.
     """
-    batch, length = query.shape[:2]
+    number, others = among or (0, 1)
+    batch, length = query.shape[0], query.shape[1] // others
     heads = lists.heads
     blocks, beside = shared
     options = {"scale": scale, "implementation": implementation}
@@ -247,7 +251,14 @@ def attend_tiles(
                 block_size=(places // run.block.shape[2], step),
                 first_keys=first_keys,
             ),
-            rows=Rows(*run[:4], known, length, per_row, head=turn.head(heads)),
+            rows=Rows(
+                run.index * others + number,
+                *run[1:4],
+                known,
+                length,
+                per_row,
+                head=turn.head(heads),
+            ),
             rest=rest,
             **options,
         )

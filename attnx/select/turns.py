@@ -76,7 +76,7 @@ def by_heads(attend, arrays, lists, shared, *, pairs, begin=None):
         if key_heads % n == 0 and (n == 1 or n * pairs <= _PAIRS)
     )
     shares = (1,)
-    most = _PAIRS if begin is None else 2 * _PAIRS
+    most = 4 * _PAIRS // 3 if begin is None else 2 * _PAIRS
     if at_once < key_heads or pairs > most:
         # The first also holds what is beside, so it is smaller.
         runs = min(-(-at_once * pairs // most), _RUNS)

@@ -137,7 +137,14 @@ def vmoba_attention(
 
 def _attend(boxes, options, *arrays, shared, turn, **rest):
     """For `by_heads`: the keys of one head are put in order in its turn."""
-    query, key, value = map(turn.of, arrays)
+    query, key, value = arrays[0], *map(turn.of, arrays[1:])
+    batch, length, heads, size = query.shape
+    among = None
+    if 1 < turn.steps == heads:  # A head's queries are taken from where they lie.
+        among = turn.number, heads
+        query = query.reshape(batch, length * heads, 1, size)
+    else:
+        query = turn.of(query)
     return attend_tiles(
         query,
         boxes.gather(key),
@@ -145,6 +152,7 @@ def _attend(boxes, options, *arrays, shared, turn, **rest):
         shared=(boxes.blocks, None),
         turn=Turn(),
         per_row=None,
+        among=among,
         **rest,
         **options,
     )
