@@ -31,7 +31,7 @@ from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, PartitionSpec
 
 import attnx
-from attnx import masks, select
+from attnx import masks, parallel, select
 
 H100 = """
 platform_name: "CUDA"
@@ -146,6 +146,11 @@ def cases() -> Iterator[tuple[str, Callable, tuple]]:
         ):
             yield f"{name} H{size}", fn, structs
             yield f"{name} H{size} backward", _backward(fn), structs
+        pieces = _bfloat16(3, 1, 4096, 8, size)
+        keys = _bfloat16(3, 1, 4096, 2, size)
+        for name, fn in (("", _ring), (" backward", _backward(_ring))):
+            fn = jax.vmap(fn, axis_name="pieces")
+            yield f"ring H{size}{name}", fn, (pieces, keys, keys)
         boxes = functools.partial(
             select.vmoba_attention,
             block_size=(8, 16, 8),
@@ -240,6 +245,12 @@ def _backward(fn: Callable) -> Callable:
         return pull(out)
 
     return run
+
+
+def _ring(query, key, value):
+    return parallel.ring_attention(
+        query, key, value, "pieces", is_causal=True, implementation="pallas"
+    )
 
 
 def _of_decay(query, key, value, log_decay):

@@ -42,7 +42,8 @@ def sent(sizes: Sizes) -> dict[str, tuple[float, float]]:
     """Bytes that a device receives, forward and backward, by mode; of one sequence."""
     others, tokens = sizes.devices - 1, sizes.tokens
     keys = tokens * sizes.keys(sizes.itemsize)
-    gradients = sizes.devices * tokens * sizes.keys(4)
+    # Sums, and at last what they came to.
+    gradients = others * tokens * sizes.keys(4) + keys
     exchanged = 2 * (sizes.heads + sizes.key_heads) * sizes.head_size * sizes.itemsize
     exchanged = others / sizes.devices * tokens * exchanged
     state = 4.0 * others * sizes.heads * sizes.head_size * (sizes.head_size + 1)

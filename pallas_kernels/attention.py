@@ -179,7 +179,8 @@ def attention(
                         mosaic.full((ROWS,), 0.0, ROW),
                     )
                 sums_g, peaks_g = so_far_g
-                # Of a tile's share past the end nothing is written.
+                # A share past the end reads another's, which may change meanwhile:
+                # nothing that comes of it is written.
                 first = jnp.minimum(start + first_row, query_len - ROWS)
                 at = b, h, lax.div(first, jnp.int32(ROWS))
                 peak = mosaic.load(peaks_g.at[b, h, pl.ds(first, ROWS)], ROW)

@@ -294,9 +294,9 @@ def attention_grad(
         thread_name="wg",
         kernel_name="attention_grad",
     )
-    if goes_on:
-        return d_query.reshape(so_far[0].shape), d_key, d_value
     if so_far is not None:
+        if goes_on:
+            return d_query.reshape(so_far[0].shape), d_key, d_value
         d_key = fragments.in_rows(d_key[:, :, :, None], scale, dtype)
         d_value = fragments.in_rows(d_value[:, :, :, None], 1.0, dtype)
     return fragments.in_rows(d_query, scale, dtype), d_key, d_value

@@ -8,7 +8,7 @@ import pytest
 from helpers import normal, relative_rms
 
 import attnx
-from attnx import masks
+from attnx import masks, parallel
 from attnx.softmax import KernelConfig, engine
 from attnx.softmax.steps import Step
 from pallas_kernels import mosaic
@@ -85,3 +85,39 @@ def test_steps_come_to_the_whole(case):
     for x, want in zip((got, *got_grads), (out, *grads), strict=True):
         assert x.dtype == dtype
         assert relative_rms(x, want) < tolerance
+
+
+def test_the_steps_of_a_ring_by_kernels():
+    """Of three pieces side by side, each of one tile."""
+    shapes = [(1, 3 * 128, 1, 64)] * 3
+    exact = [x.astype(jnp.float32) for x in normal(0, *shapes, dtype="bfloat16")]
+    (cotangent,) = normal(1, shapes[0], dtype="bfloat16")
+    whole = functools.partial(
+        attnx.dot_product_attention, is_causal=True, implementation="reference"
+    )
+    want, pull = jax.vjp(whole, *exact)
+    wanted = want, *pull(cotangent.astype(jnp.float32))
+
+    def piece(*arrays):
+        attend = functools.partial(
+            parallel.ring_attention,
+            axis_name="pieces",
+            is_causal=True,
+            order="zigzag",
+            implementation="pallas",
+        )
+        out, pull = jax.vjp(attend, *arrays[:3])
+        return out, *pull(arrays[3])
+
+    def pieces(*arrays):
+        cut = (parallel.to_zigzag(x, 3) for x in arrays)
+        cut = (x.reshape(1, 3, 128, *x.shape[2:]) for x in cut)
+        results = jax.vmap(piece, 1, 1, axis_name="pieces")(*cut)
+        results = (x.reshape(1, 3 * 128, *x.shape[3:]) for x in results)
+        return tuple(parallel.from_zigzag(x, 3) for x in results)
+
+    with mosaic.interpret():
+        got = jax.jit(pieces)(*(x.astype(jnp.bfloat16) for x in exact), cotangent)
+    for x, y in zip(got, wanted, strict=True):
+        assert x.dtype == jnp.bfloat16
+        assert relative_rms(x, y) < 8e-3
