@@ -91,12 +91,16 @@ def attention_grad_ordered(
             plgpu.set_max_registers(240, action="increase")
             first_row = wg * ROWS
             rows = pl.ds(start + first_row, ROWS)
-            left, right = (ref.at[pl.ds(first_row, ROWS)] for ref in own_s)
             plgpu.barrier_wait(own_full)
 
+            def own_rows():
+                own = pl.ds(mosaic.again(wg) * ROWS, ROWS)
+                return (ref.at[own] for ref in own_s)
+
             def step(j, n, head, visits, sees, grad):
-                slot = lax.rem(n, jnp.int32(stages))
+                slot = mosaic.again(lax.rem(n, jnp.int32(stages)))
                 first, second = first_s.at[slot], second_s.at[slot]
+                left, right = own_rows()
 
                 def statistic(ref):
                     queries = rows if by_query else pl.ds(sum(at), ROWS)
@@ -158,6 +162,7 @@ def attention_grad_ordered(
             )
             if by != "value":
                 grad = grad * scale
+            left, right = own_rows()
             out = right if by == "value" else left
             out[...] = grad.astype(dtype)
             plgpu.commit_smem()
