@@ -66,13 +66,16 @@ def attention_grad_ordered(
     shape = (ROWS, ROWS)
     split = other_block // ROWS
     log2_scale = scale * LOG2E
+    in_columns = masking.predicate is not None and not by_query
+    words = len(masking.predicate.words) if in_columns else 0
 
     def body(*refs):
         (*own_g, first_g, second_g, lse_g, delta_g), rest = refs[:6], refs[6:]
         lists_g, looked_up_g = rest[:3], rest[3 : 3 + len(looked_up)]
         grad_g, *local = rest[3 + len(looked_up) :]
         *own_s, first_s, second_s = local[:4]
-        own_full, first_full, second_full, first_free, second_free, acc = local[4:]
+        words_s, own_full, first_full, second_full, *free, acc = local[4:]
+        first_free, second_free = free
         own_head, i, b = (lax.axis_index(axis) for axis in ("h", "own", "b"))
         wg = lax.axis_index("wg")
         start = (lax.axis_size("own") - 1 - i) * tile
@@ -108,16 +111,25 @@ def attention_grad_ordered(
                     vector = mosaic.load(ref.at[b, head, queries], layout)
                     return mosaic.along(vector, 0 if by_query else 1, shape)
 
-                at = other_start(visits, j)
+                first_token, offset = other_start(visits, j)
+                at = first_token, mosaic.again(offset)
 
                 def probabilities(scores):
                     p = jnp.exp2(scores * log2_scale - statistic(lse_g))
                     return p if sees is None else jnp.where(sees(*at), p, 0.0)
 
+                def prepare():
+                    if sees is not None and words:
+                        # All threads have used the words of the last step.
+                        plgpu.commit_smem()
+                        sees.prepare(*at)
+
                 plgpu.barrier_wait(first_full.at[slot])
                 plgpu.barrier_wait(second_full.at[slot])
                 if by == "value":
-                    scores = products.product(left, mosaic.transposed(first))
+                    scores = products.product(
+                        left, mosaic.transposed(first), after=prepare
+                    )
                     p = probabilities(scores)
                     products.add_product(grad, p.astype(dtype), second)
                 else:
@@ -125,6 +137,7 @@ def attention_grad_ordered(
                         (left, mosaic.transposed(first)),
                         (right, mosaic.transposed(second)),
                         probabilities,
+                        issued=prepare,
                     )
                     ds = p * (dp - statistic(delta_g))
                     products.add_product(grad, ds.astype(dtype), first)
@@ -146,6 +159,7 @@ def attention_grad_ordered(
                             (start, first_row),
                             shape,
                             query_axis=0 if by_query else 1,
+                            words=None if words_s is None else words_s.at[wg],
                         )
                         partial = visits.partial_count * split
                         n = lax.fori_loop(
@@ -225,6 +239,7 @@ def attention_grad_ordered(
         scratch=[
             *(mosaic.tiled((tile, x.shape[-1]), dtype) for x in own),
             *(mosaic.tiled((stages, ROWS, x.shape[-1]), dtype) for x in other),
+            plgpu.SMEM((2, words, ROWS), jnp.int32) if words else None,
             plgpu.Barrier(num_arrivals=2),
             slots(),
             slots(),
