@@ -74,8 +74,7 @@ def attention_grad_ordered(
         lists_g, looked_up_g = rest[:3], rest[3 : 3 + len(looked_up)]
         grad_g, *local = rest[3 + len(looked_up) :]
         *own_s, first_s, second_s = local[:4]
-        words_s, own_full, first_full, second_full, *free, acc = local[4:]
-        first_free, second_free = free
+        words_s, own_full, full, free, acc = local[4:]
         own_head, i, b = (lax.axis_index(axis) for axis in ("h", "own", "b"))
         wg = lax.axis_index("wg")
         start = (lax.axis_size("own") - 1 - i) * tile
@@ -106,7 +105,8 @@ def attention_grad_ordered(
                 left, right = own_rows()
 
                 def statistic(ref):
-                    queries = rows if by_query else pl.ds(sum(at), ROWS)
+                    first = start + mosaic.again(wg) * ROWS if by_query else sum(at)
+                    queries = pl.ds(first, ROWS)
                     layout = ROW if by_query else COL
                     vector = mosaic.load(ref.at[b, head, queries], layout)
                     return mosaic.along(vector, 0 if by_query else 1, shape)
@@ -124,8 +124,7 @@ def attention_grad_ordered(
                         plgpu.commit_smem()
                         sees.prepare(*at)
 
-                plgpu.barrier_wait(first_full.at[slot])
-                plgpu.barrier_wait(second_full.at[slot])
+                plgpu.barrier_wait(full.at[slot])
                 if by == "value":
                     scores = products.product(
                         left, mosaic.transposed(first), after=prepare
@@ -142,8 +141,7 @@ def attention_grad_ordered(
                     ds = p * (dp - statistic(delta_g))
                     products.add_product(grad, ds.astype(dtype), first)
                 plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(first_free.at[slot])
-                plgpu.barrier_arrive(second_free.at[slot])
+                plgpu.barrier_arrive(free.at[slot])
                 return n + 1
 
             def walk(grad):
@@ -198,16 +196,8 @@ def attention_grad_ordered(
                     slot = lax.rem(n, jnp.int32(stages))
                     tokens = pl.ds(sum(other_start(visits, j)), ROWS)
                     other_head = lax.div(head, jnp.int32(group)) if by_query else head
-                    again = n >= stages
-                    for gmem, smem, full, free in (
-                        (first_g, first_s, first_full, first_free),
-                        (second_g, second_s, second_full, second_free),
-                    ):
-
-                        @pl.when(again)
-                        def _(free=free):
-                            plgpu.barrier_wait(free.at[slot])
-
+                    pl.when(n >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+                    for gmem, smem in ((first_g, first_s), (second_g, second_s)):
                         plgpu.copy_gmem_to_smem(
                             gmem.at[b, tokens, other_head],
                             smem.at[slot],
@@ -225,8 +215,7 @@ def attention_grad_ordered(
                 @pl.loop(jnp.maximum(n - stages, 0), n)
                 def _(j):
                     slot = lax.rem(j, jnp.int32(stages))
-                    plgpu.barrier_wait(first_free.at[slot])
-                    plgpu.barrier_wait(second_free.at[slot])
+                    plgpu.barrier_wait(free.at[slot])
 
         pl.when(wg < 2)(consume)
         pl.when(wg == 2)(produce)
@@ -241,8 +230,6 @@ def attention_grad_ordered(
             *(mosaic.tiled((stages, ROWS, x.shape[-1]), dtype) for x in other),
             plgpu.SMEM((2, words, ROWS), jnp.int32) if words else None,
             plgpu.Barrier(num_arrivals=2),
-            slots(),
-            slots(),
             slots(num_arrivals=2),
             slots(num_arrivals=2),
             mosaic.emulated(plgpu.SMEM((2, ROWS, width), jnp.float32)),
