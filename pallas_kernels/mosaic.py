@@ -239,8 +239,8 @@ def thread_here():
 
 @contextlib.contextmanager
 def _threads_counted_here():
-    before = mgpu.utils.thread_idx
-    mgpu.utils.thread_idx = thread_here
+    before, number = mgpu.utils.thread_idx, thread_here()
+    mgpu.utils.thread_idx = lambda: number
     try:
         yield
     finally:
