@@ -19,8 +19,9 @@ from jax import lax
 
 from pallas_kernels import fragments, mosaic, products
 from pallas_kernels import rows as gathering
-from pallas_kernels.masking import ROWS, Lists, Masking, Sees, Visits
+from pallas_kernels.masking import ROWS, Lists, Masking, Sees, Visits, looked_up_at
 from pallas_kernels.mosaic import LOG2E, ROW, TILE
+from pallas_kernels.predicate import KEY
 from pallas_kernels.turns import Turns, divided, place
 
 TURN = 4  # The first of the named barriers for turns; Mosaic uses those below.
@@ -96,15 +97,18 @@ def attention(
     log2_scale = scale * LOG2E
     num_tiles = pl.cdiv(query_len, tile)
     turns = Turns(num_tiles * heads * batch, tiles)
+    # What keys look up comes with them. Their place is free when scores are there,
+    # but these are needed a while longer: they have one place more.
+    of_keys, places = masking.looked_up_by(KEY), stages + 1
     buffers = min(tiles, 2)
 
     def body(*refs):
         q_g, k_g, v_g, *lists_g = refs[:6]
         count = 6 + len(looked_up)
         looked_up_g, rows_g = refs[6:count], refs[count : count + len(given)]
-        [out_g, lse_g, q_s, k_s, v_s, out_s, lse_s, rows_s, *barriers] = refs[
-            count + len(given) :
-        ]
+        [out_g, lse_g, q_s, k_s, v_s, of_keys_s, out_s, lse_s, rows_s, *barriers] = (
+            refs[count + len(given) :]
+        )
         so_far_g = (out_g, lse_g) if goes_on else rows_g
         q_full, q_free, k_full, v_full, k_free, v_free = barriers
         me, wg = lax.axis_index("block"), lax.axis_index("wg")
@@ -164,7 +168,6 @@ def attention(
             buffer = lax.rem(jnp.int32(t), jnp.int32(buffers)) if tiles > 1 else 0
             first_row = wg * ROWS
             q = q_s.at[buffer, pl.ds(first_row, ROWS)]
-            lse = lse_s.at[buffer, wg]
             if masking.predicate is not None:
                 sees = Sees(
                     masking.predicate, looked_up_g, (b, h), (start, first_row), shape
@@ -187,11 +190,16 @@ def attention(
                 total = jnp.where(peak == -jnp.inf, 0.0, 1.0)
                 return fragments.load(sums_g.at[at], value_size), peak, total
 
+            def seen(j):
+                place = lax.rem(jnp.int32(before + j), jnp.int32(places))
+                of_columns = {i: of_keys_s.at[place, n] for n, i in enumerate(of_keys)}
+                return sees(*key_start(visits, j), of_columns)
+
             def update(j, scores, m, l, masked):
                 if masked:
                     # A huge finite value would leave a residue where a whole row is
                     # hidden: the compiler fuses the product and the difference.
-                    scores = jnp.where(sees(*key_start(visits, j)), scores, -jnp.inf)
+                    scores = jnp.where(seen(j), scores, -jnp.inf)
                 m_new = jnp.maximum(m, scores.max(axis=1) * log2_scale)
                 peak = jnp.where(m_new == -jnp.inf, 0.0, m_new) if masked else m_new
                 alpha = jnp.exp2(m - peak)
@@ -220,17 +228,23 @@ def attention(
                 plgpu.barrier_wait(v_full.at[last_slot])
                 wait_turn()
 
+                # With what keys look up there are too many registers to hold while a
+                # product runs, where three warpgroups share them.
+                waits = masked and of_keys and warpgroups > 2
+                weighed = functools.partial(update, j, m=m, l=l, masked=masked)
+
                 def meanwhile(scores):
                     plgpu.barrier_arrive(k_free.at[slot])
-                    return update(j, scores, m, l, masked)
+                    return scores if waits else weighed(scores)
 
-                acc, (m, l, alpha, p) = products.overlapped(
+                acc, done = products.overlapped(
                     (q, k_s.at[slot]),
                     (acc, p, v_s.at[last_slot, value]),
                     issued=lambda: give_turn(lax.rem(wg + 1, jnp.int32(warpgroups))),
                     meanwhile=meanwhile,
                 )
                 plgpu.barrier_arrive(v_free.at[last_slot])
+                m, l, alpha, p = weighed(done) if waits else done
                 acc = acc * mosaic.along(alpha, 0, acc.shape)
                 return acc, m, l, p.astype(dtype)
 
@@ -293,11 +307,14 @@ def attention(
             l = jnp.where(empty, 1.0, l)
             inverse = jnp.where(empty, 0.0, 1.0 / l)
             acc = acc * mosaic.along(inverse, 0, acc.shape)
+            me = mosaic.again(wg)
+            first_row, lse = me * ROWS, lse_s.at[buffer, me]
             lse[...] = jnp.where(empty, -jnp.inf, m + jnp.log(l) * LOG2E)
             # The queries have been read: their place takes the output.
             out = (q_s if out_s is None else out_s).at[buffer, pl.ds(first_row, ROWS)]
             if not goes_on:
-                out[...] = acc.astype(dtype)
+                swizzle = mosaic.swizzle_of(value_size, dtype)
+                mosaic.store(out, acc.astype(dtype), swizzle)
             plgpu.commit_smem()
 
             is_mine = start + first_row < query_len
@@ -360,6 +377,14 @@ def attention(
                     plgpu.copy_gmem_to_smem(
                         gmem.at[b, rows, kv_head], smem.at[slot], full.at[slot]
                     )
+                    if full is k_full:
+                        place = lax.rem(before + j, jnp.int32(places))
+                        for n, i in enumerate(of_keys):
+                            plgpu.copy_gmem_to_smem(
+                                looked_up_at(looked_up_g[i], (b, h), rows),
+                                of_keys_s.at[place, n],
+                                full.at[slot],
+                            )
 
                 # Values are used one step after their keys.
                 @pl.loop(0, jnp.where(steps > 0, steps + 1, 0))
@@ -408,12 +433,15 @@ def attention(
             mosaic.tiled((buffers, tile, head_size), dtype),
             mosaic.tiled((stages, key_tile, head_size), dtype),
             mosaic.tiled((stages, key_tile, value_size), dtype),
+            plgpu.SMEM((places, len(of_keys), key_tile), jnp.int32)
+            if of_keys
+            else None,
             None if alone else mosaic.tiled((buffers, tile, value_size), dtype),
             plgpu.SMEM((buffers, warpgroups, ROWS), jnp.float32),
             None if rows is None else plgpu.SMEM((tiles, tile), jnp.int32),
             queries(num_arrivals=warpgroups if rows is None else tiles),
             queries(num_arrivals=warpgroups),
-            slots(),
+            slots(num_arrivals=1 + len(of_keys)),
             slots(),
             slots(num_arrivals=warpgroups),
             slots(num_arrivals=warpgroups),

@@ -66,13 +66,15 @@ def attention_grad_ordered(
     shape = (ROWS, ROWS)
     split = other_block // ROWS
     log2_scale = scale * LOG2E
+    in_columns = masking.predicate is not None and not by_query
+    words = len(masking.predicate.words) if in_columns else 0
 
     def body(*refs):
         (*own_g, first_g, second_g, lse_g, delta_g), rest = refs[:6], refs[6:]
         lists_g, looked_up_g = rest[:3], rest[3 : 3 + len(looked_up)]
         grad_g, *local = rest[3 + len(looked_up) :]
         *own_s, first_s, second_s = local[:4]
-        own_full, first_full, second_full, first_free, second_free, acc = local[4:]
+        words_s, own_full, full, free, acc = local[4:]
         own_head, i, b = (lax.axis_index(axis) for axis in ("h", "own", "b"))
         wg = lax.axis_index("wg")
         start = (lax.axis_size("own") - 1 - i) * tile
@@ -91,29 +93,42 @@ def attention_grad_ordered(
             plgpu.set_max_registers(240, action="increase")
             first_row = wg * ROWS
             rows = pl.ds(start + first_row, ROWS)
-            left, right = (ref.at[pl.ds(first_row, ROWS)] for ref in own_s)
             plgpu.barrier_wait(own_full)
 
+            def own_rows():
+                own = pl.ds(mosaic.again(wg) * ROWS, ROWS)
+                return (ref.at[own] for ref in own_s)
+
             def step(j, n, head, visits, sees, grad):
-                slot = lax.rem(n, jnp.int32(stages))
+                slot = mosaic.again(lax.rem(n, jnp.int32(stages)))
                 first, second = first_s.at[slot], second_s.at[slot]
+                left, right = own_rows()
 
                 def statistic(ref):
-                    queries = rows if by_query else pl.ds(sum(at), ROWS)
+                    first = start + mosaic.again(wg) * ROWS if by_query else sum(at)
+                    queries = pl.ds(first, ROWS)
                     layout = ROW if by_query else COL
                     vector = mosaic.load(ref.at[b, head, queries], layout)
                     return mosaic.along(vector, 0 if by_query else 1, shape)
 
-                at = other_start(visits, j)
+                first_token, offset = other_start(visits, j)
+                at = first_token, mosaic.again(offset)
 
                 def probabilities(scores):
                     p = jnp.exp2(scores * log2_scale - statistic(lse_g))
                     return p if sees is None else jnp.where(sees(*at), p, 0.0)
 
-                plgpu.barrier_wait(first_full.at[slot])
-                plgpu.barrier_wait(second_full.at[slot])
+                def prepare():
+                    if sees is not None and words:
+                        # All threads have used the words of the last step.
+                        plgpu.commit_smem()
+                        sees.prepare(*at)
+
+                plgpu.barrier_wait(full.at[slot])
                 if by == "value":
-                    scores = products.product(left, mosaic.transposed(first))
+                    scores = products.product(
+                        left, mosaic.transposed(first), after=prepare
+                    )
                     p = probabilities(scores)
                     products.add_product(grad, p.astype(dtype), second)
                 else:
@@ -121,12 +136,12 @@ def attention_grad_ordered(
                         (left, mosaic.transposed(first)),
                         (right, mosaic.transposed(second)),
                         probabilities,
+                        issued=prepare,
                     )
                     ds = p * (dp - statistic(delta_g))
                     products.add_product(grad, ds.astype(dtype), first)
                 plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(first_free.at[slot])
-                plgpu.barrier_arrive(second_free.at[slot])
+                plgpu.barrier_arrive(free.at[slot])
                 return n + 1
 
             def walk(grad):
@@ -142,6 +157,7 @@ def attention_grad_ordered(
                             (start, first_row),
                             shape,
                             query_axis=0 if by_query else 1,
+                            words=None if words_s is None else words_s.at[wg],
                         )
                         partial = visits.partial_count * split
                         n = lax.fori_loop(
@@ -158,6 +174,7 @@ def attention_grad_ordered(
             )
             if by != "value":
                 grad = grad * scale
+            left, right = own_rows()
             out = right if by == "value" else left
             out[...] = grad.astype(dtype)
             plgpu.commit_smem()
@@ -179,16 +196,8 @@ def attention_grad_ordered(
                     slot = lax.rem(n, jnp.int32(stages))
                     tokens = pl.ds(sum(other_start(visits, j)), ROWS)
                     other_head = lax.div(head, jnp.int32(group)) if by_query else head
-                    again = n >= stages
-                    for gmem, smem, full, free in (
-                        (first_g, first_s, first_full, first_free),
-                        (second_g, second_s, second_full, second_free),
-                    ):
-
-                        @pl.when(again)
-                        def _(free=free):
-                            plgpu.barrier_wait(free.at[slot])
-
+                    pl.when(n >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+                    for gmem, smem in ((first_g, first_s), (second_g, second_s)):
                         plgpu.copy_gmem_to_smem(
                             gmem.at[b, tokens, other_head],
                             smem.at[slot],
@@ -206,8 +215,7 @@ def attention_grad_ordered(
                 @pl.loop(jnp.maximum(n - stages, 0), n)
                 def _(j):
                     slot = lax.rem(j, jnp.int32(stages))
-                    plgpu.barrier_wait(first_free.at[slot])
-                    plgpu.barrier_wait(second_free.at[slot])
+                    plgpu.barrier_wait(free.at[slot])
 
         pl.when(wg < 2)(consume)
         pl.when(wg == 2)(produce)
@@ -220,9 +228,8 @@ def attention_grad_ordered(
         scratch=[
             *(mosaic.tiled((tile, x.shape[-1]), dtype) for x in own),
             *(mosaic.tiled((stages, ROWS, x.shape[-1]), dtype) for x in other),
+            plgpu.SMEM((2, words, ROWS), jnp.int32) if words else None,
             plgpu.Barrier(num_arrivals=2),
-            slots(),
-            slots(),
             slots(num_arrivals=2),
             slots(num_arrivals=2),
             mosaic.emulated(plgpu.SMEM((2, ROWS, width), jnp.float32)),

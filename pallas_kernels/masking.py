@@ -39,6 +39,20 @@ class Masking:
     key_block: int
     predicate: Predicate | None
 
+    def looked_up_by(self, side: str) -> list[int]:
+        """Which of the looked up arrays are so by queries or by keys."""
+        lookups = self.predicate.lookups if self.predicate else ()
+        return [i for i, lookup in enumerate(lookups) if lookup.by == side]
+
+
+def looked_up_at(ref, where, tokens):
+    """What some tokens of a batch and a head look up, of one array."""
+    at = (
+        jnp.int32(0) if size == 1 else index
+        for size, index in zip(ref.shape, where, strict=False)
+    )
+    return ref.at[(*at, tokens)]
+
 
 class Visits:
     """One block's row of the lists, read as it is walked."""
@@ -106,15 +120,25 @@ class Sees:
             self._words.at[i][...] = word
         plgpu.commit_smem()
 
-    def __call__(self, start, offset):
-        """Against the tile that begins at `start + offset`, `start` a block's."""
+    def __call__(self, start, offset, looked_up=None):
+        """Against the tile that begins at `start + offset`, `start` a block's.
+
+        What its columns look up is loaded from the `looked_up` of shared memory, by
+        number, if these are given.
+        """
+
+        def of_column(i):
+            if looked_up is None:
+                return self._load(i, start + offset, 1, COL), 1
+            return mosaic.load(looked_up[i], COL), 1
+
         words = []
         if self._words is not None:
             count = self._words.shape[0]
             words = [(mosaic.load(self._words.at[i], COL), 1) for i in range(count)]
         return self._predicate(
             self._arguments(start, offset + self._iota[1]),
-            self._values(lambda i: (self._load(i, start + offset, 1, COL), 1)),
+            self._values(of_column),
             self._shape,
             words,
         )
@@ -135,8 +159,8 @@ class Sees:
         values = []
         for i, lookup in enumerate(self._predicate.lookups):
             if lookup.by is None:
-                ref = self._looked_up[i]
-                values.append((ref[(*self._at(ref), jnp.int32(0))], None))
+                one = looked_up_at(self._looked_up[i], self._where, jnp.int32(0))
+                values.append((one[...], None))
             elif i in self._rows:
                 values.append((self._rows[i], 0))
             else:
@@ -144,12 +168,7 @@ class Sees:
         return values
 
     def _load(self, i, start, axis, layout):
-        ref = self._looked_up[i]
-        place = ref.at[(*self._at(ref), pl.ds(start, self._shape[axis]))]
-        return mosaic.load(place, layout)
-
-    def _at(self, ref):
-        return [
-            jnp.int32(0) if size == 1 else index
-            for size, index in zip(ref.shape, self._where, strict=False)
-        ]
+        tokens = pl.ds(start, self._shape[axis])
+        return mosaic.load(
+            looked_up_at(self._looked_up[i], self._where, tokens), layout
+        )

@@ -228,14 +228,19 @@ def store(ref, x, swizzle: int):
     run(ref, x)
 
 
+def thread_here():
+    """The number of the thread, inside `inline_mgpu`, read where it is asked for.
+
+    So what is made of it is not kept in registers over a loop.
+    """
+    i32 = ir.IntegerType.get_signless(32)
+    return llvm.inline_asm(i32, [], "mov.u32 $0, %tid.x;", "=r", has_side_effects=True)
+
+
 @contextlib.contextmanager
 def _threads_counted_here():
-    """Mosaic asks for the number of the thread in a way that stays where it is."""
-    i32 = ir.IntegerType.get_signless(32)
-    before = mgpu.utils.thread_idx
-    mgpu.utils.thread_idx = lambda: llvm.inline_asm(
-        i32, [], "mov.u32 $0, %tid.x;", "=r", has_side_effects=True
-    )
+    before, number = mgpu.utils.thread_idx, thread_here()
+    mgpu.utils.thread_idx = lambda: number
     try:
         yield
     finally:

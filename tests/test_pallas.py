@@ -169,7 +169,9 @@ def test_matches_the_reference(name):
         assert_matches_the_reference(name, "pallas")
 
 
-@pytest.mark.parametrize("name", ["head size 256", *["causal grouped"] * SINCE_0_11])
+@pytest.mark.parametrize(
+    "name", ["head size 256", *["causal grouped", "2-D"] * SINCE_0_11]
+)
 def test_a_fixed_order_matches_the_reference(name):
     with mosaic.interpret():
         assert_matches_the_reference(name, DETERMINISTIC)
