@@ -165,7 +165,8 @@ def linear_scan(
             rest_g, *rest = rest
         stream, local = Stream.of(tuple(buffers), rest)
         tokens_s, fulls, frees = stream
-        state_s, sums_s, out_s, read, written = local
+        state_s, sums_s, out_s, met = local
+        read, written = (met.at[i] for i in range(2))
         h, part, b = (lax.axis_index(axis) for axis in ("h", "part", "b"))
         wg = lax.axis_index("wg")
         if query is None:
@@ -367,8 +368,7 @@ def linear_scan(
             None if query is None else State.scratch(size, columns, dtype),
             plgpu.SMEM((size,), jnp.float32) if divides else None,
             None if query is None or size == columns else staged,
-            plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_barriers=2, num_arrivals=2),
         ],
         grid=(heads, served * splits, batch),
         grid_names=("h", "part", "b"),
