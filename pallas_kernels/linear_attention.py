@@ -214,9 +214,13 @@ def linear_scan(
                     scores = products.accumulated(scores, q, k)
                 else:
                     scores = products.product(q, k)
-                p = mosaic.rounded(
-                    scores * weights.within(first_row, (ROWS, CHUNK)), dtype
-                )
+                scores = scores * weights.within(first_row, (ROWS, CHUNK))
+                p = mosaic.rounded(scores, dtype)
+                # Beside an offset they nearly cancel, so what rounding took counts.
+                parts = [p]
+                if offset:
+                    rest = (scores - p.astype(jnp.float32)).astype(dtype)
+                    parts = lax.optimization_barrier([p, rest])
                 if divides:  # Of what is multiplied: a token that is alone comes out.
                     total = p.astype(jnp.float32).sum(axis=1)
                 entering = weights.entering(first_row, ROWS)
@@ -235,7 +239,9 @@ def linear_scan(
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(read)
                 plgpu.barrier_wait(fulls["value"].at[slot])
-                out = products.accumulated(out, p, tokens_s["value"].at[slot])
+                values = tokens_s["value"].at[slot]
+                for weighed in parts:
+                    out = products.accumulated(out, weighed, values)
                 if divides:
                     out = out * mosaic.along(inverse(total), 0, out.shape)
                     rows = pl.ds(chunk * CHUNK + first_row, ROWS)
