@@ -31,17 +31,21 @@ class Stream(NamedTuple):
         slots = lambda buffer, readers: plgpu.Barrier(
             num_barriers=buffer.shape[0], num_arrivals=readers
         )
-        full = [slots(buffer, 1) for buffer in buffers.values()]
+        full = plgpu.Barrier(num_barriers=sum(x.shape[0] for x in buffers.values()))
         free = [slots(buffer, readers[name]) for name, buffer in buffers.items()]
-        return [*buffers.values(), *full, *free]
+        return [*buffers.values(), full, *free]
 
     @classmethod
     def of(cls, names, refs) -> tuple[Stream, list]:
         """The stream, and the references that are not its own."""
-        count = len(names)
-        parts = [refs[i * count : (i + 1) * count] for i in range(3)]
-        stream = cls(*(dict(zip(names, part, strict=True)) for part in parts))
-        return stream, refs[3 * count :]
+        tokens = dict(zip(names, refs, strict=False))
+        full, *refs = refs[len(names) :]
+        first, fulls = 0, {}
+        for name, x in tokens.items():
+            fulls[name] = _Barriers(full, first)
+            first += x.shape[0]
+        free = dict(zip(names, refs, strict=False))
+        return cls(tokens, fulls, free), refs[len(names) :]
 
     def copy(self, source, chunks):
         """Copies `source(name, n)` for each chunk, as room comes free."""
@@ -79,6 +83,20 @@ class Stream(NamedTuple):
             @pl.loop(jnp.maximum(chunks - stages, 0), chunks)
             def _(n, free=self.free[name], stages=stages):
                 plgpu.barrier_wait(free.at[lax.rem(n, jnp.int32(stages))])
+
+
+class _Barriers:
+    """Barriers of a reference from one on: the phases of all share a register."""
+
+    def __init__(self, ref, first):
+        self._ref, self._first = ref, first
+
+    @property
+    def at(self):
+        return self
+
+    def __getitem__(self, i):
+        return self._ref.at[self._first + i]
 
 
 class State:

@@ -165,7 +165,8 @@ def linear_scan(
             rest_g, *rest = rest
         stream, local = Stream.of(tuple(buffers), rest)
         tokens_s, fulls, frees = stream
-        state_s, sums_s, out_s, read, written = local
+        state_s, sums_s, out_s, met = local
+        read, written = (met.at[i] for i in range(2))
         h, part, b = (lax.axis_index(axis) for axis in ("h", "part", "b"))
         wg = lax.axis_index("wg")
         if query is None:
@@ -213,9 +214,13 @@ def linear_scan(
                     scores = products.accumulated(scores, q, k)
                 else:
                     scores = products.product(q, k)
-                p = mosaic.rounded(
-                    scores * weights.within(first_row, (ROWS, CHUNK)), dtype
-                )
+                scores = scores * weights.within(first_row, (ROWS, CHUNK))
+                p = mosaic.rounded(scores, dtype)
+                # Beside an offset they nearly cancel, so what rounding took counts.
+                parts = [p]
+                if offset:
+                    rest = (scores - p.astype(jnp.float32)).astype(dtype)
+                    parts = lax.optimization_barrier([p, rest])
                 if divides:  # Of what is multiplied: a token that is alone comes out.
                     total = p.astype(jnp.float32).sum(axis=1)
                 entering = weights.entering(first_row, ROWS)
@@ -234,7 +239,9 @@ def linear_scan(
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(read)
                 plgpu.barrier_wait(fulls["value"].at[slot])
-                out = products.accumulated(out, p, tokens_s["value"].at[slot])
+                values = tokens_s["value"].at[slot]
+                for weighed in parts:
+                    out = products.accumulated(out, weighed, values)
                 if divides:
                     out = out * mosaic.along(inverse(total), 0, out.shape)
                     rows = pl.ds(chunk * CHUNK + first_row, ROWS)
@@ -367,8 +374,7 @@ def linear_scan(
             None if query is None else State.scratch(size, columns, dtype),
             plgpu.SMEM((size,), jnp.float32) if divides else None,
             None if query is None or size == columns else staged,
-            plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_barriers=2, num_arrivals=2),
         ],
         grid=(heads, served * splits, batch),
         grid_names=("h", "part", "b"),

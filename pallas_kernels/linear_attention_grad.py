@@ -77,7 +77,8 @@ def linear_grad(
             first_sums_g, *rest = rest
         stream, local = Stream.of(tuple(buffers), rest)
         tokens_s, fulls, frees = stream
-        state_s, sums_s, d_key_s, d_value_s, read, written = local
+        state_s, sums_s, d_key_s, d_value_s, met = local
+        read, written = (met.at[i] for i in range(2))
         h, piece, b = (lax.axis_index(axis) for axis in ("h", "piece", "b"))
         wg = lax.axis_index("wg")
 
@@ -213,8 +214,7 @@ def linear_grad(
             plgpu.SMEM((size,), jnp.float32) if counted else None,
             mosaic.tiled((CHUNK, size), dtype, swizzle),
             mosaic.tiled((CHUNK, value_size), dtype, swizzle),
-            plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_barriers=2, num_arrivals=2),
         ],
         grid=(heads, pieces, batch),
         grid_names=("h", "piece", "b"),

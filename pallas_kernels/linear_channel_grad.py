@@ -89,15 +89,19 @@ def linear_channel_grad(
         tokens_s, fulls, frees = stream
         arriving, local = Stream.of(("log_decay",), rest)
         decays, local = Decays(*local[:3]), local[3:]
-        weighed_s, change_s, scores_s, d_state_s, across_s, *barriers = local
-        summed, met, written = barriers
+        weighed_s, change_s, scores_s, d_state_s, across_s, barriers = local
+        summed, met, written = (barriers.at[i] for i in range(3))
         h, b = (lax.axis_index(axis) for axis in ("h", "b"))
         wg = lax.axis_index("wg")
 
         def consume():
             plgpu.set_max_registers(240, action="increase")
             scale = scale_g[row_of(scale_g, b)]
-            q_s, k_s, v_s, do_s, entering_s = (tokens_s[name].at[0] for name in inputs)
+
+            def here(*names):
+                """The chunk's, by addresses that are made where they are used."""
+                slot = mosaic.again(jnp.int32(0))
+                return (tokens_s[name].at[slot] for name in names)
 
             def columns_of(wg):
                 return pl.ds(wg * columns, columns)
@@ -108,6 +112,7 @@ def linear_channel_grad(
             def shares():
                 """Gradients of scores, in memory symmetric; returns the diagonal."""
                 i, j = tokens()
+                v_s, do_s = here("value", "d_out")
                 d_scores = products.product(do_s, mosaic.transposed(v_s))
                 mirrored = products.product(v_s, mosaic.transposed(do_s))
                 both = jnp.where(i >= j, d_scores, mirrored)
@@ -122,7 +127,7 @@ def linear_channel_grad(
                 x_s = weighed_s.at[me, lax.rem(n, jnp.int32(2))]
                 decay = pair.decay(decays, part)
                 right = pair.right(decay.shape)
-                q, k = (mosaic.load(x.at[:, part], TILE) for x in (q_s, k_s))
+                q, k = (mosaic.load(x.at[:, part], TILE) for x in here("query", "key"))
                 x = jnp.where(right, q, k).astype(jnp.float32) * decay
                 x = (x * jnp.where(right, scale, 1.0)).astype(dtype)
                 x_s[...] = x
@@ -150,7 +155,8 @@ def linear_channel_grad(
                 own = pl.ds(me * _PART, _PART)
                 decays.take(arriving.tokens["log_decay"].at[0, :, own], part)
                 plgpu.barrier_arrive(arriving.free["log_decay"].at[0])
-                q, k = load(q_s.at[:, part]) * scale, load(k_s.at[:, part])
+                q, k = (load(x.at[:, part]) for x in here("query", "key"))
+                q = q * scale
                 diagonal = mosaic.along(diagonal, 0, shape)
                 none = mosaic.full(shape, 0.0, TILE)
                 p, d_query, d_key, change = lax.fori_loop(
@@ -179,9 +185,10 @@ def linear_channel_grad(
                 # Queries and keys give way to what the states are to them.
                 me, n = mosaic.again(wg), mosaic.again(n)
                 part = part_of(me, n)
-                own_q, own_k = q_s.at[:, part], k_s.at[:, part]
+                own_q, own_k = (x.at[:, part] for x in here("query", "key"))
                 i, j = tokens()
                 decay = decays.over(j <= i, part)
+                do_s, entering_s = here("d_out", "states")
                 seen = products.product(do_s, mosaic.transposed(entering_s.at[part]))
                 q = (load(own_q) * scale * decay).astype(dtype)
                 own_q[...] = q
@@ -192,6 +199,7 @@ def linear_channel_grad(
                 i, j = tokens()
                 decay = decays.over(j > i, part)
                 d_decay = added(d_decay * decay, j >= i)
+                (v_s,) = here("value")
                 seen = products.product(v_s, mosaic.transposed(d_state_s.at[part]))
                 k = (load(own_k) * decay).astype(dtype)
                 own_k[...] = k
@@ -204,6 +212,7 @@ def linear_channel_grad(
             def meet_across(d_state):
                 """Inner products of the states at the chunk's two ends."""
                 me = mosaic.again(wg)
+                (entering_s,) = here("states")
                 for tile, x in zip(tiles, d_state, strict=True):
                     state = load(entering_s.at[tile, columns_of(me)])
                     across_s.at[me, tile][...] = (x * state).sum(axis=1)
@@ -241,6 +250,7 @@ def linear_channel_grad(
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(met)
                 plgpu.barrier_wait(met)
+                q_s, k_s, v_s, do_s = here("query", "key", "value", "d_out")
                 d_value = mosaic.full((CHUNK, columns), 0.0, TILE)
                 for one in range(2):
                     d_value = products.accumulated(
@@ -341,7 +351,7 @@ def linear_channel_grad(
             tiled((2, CHUNK, CHUNK)),
             tiled((size, value_size)),
             plgpu.SMEM((2, size), jnp.float32),
-            *[plgpu.Barrier(num_arrivals=2)] * 3,
+            plgpu.Barrier(num_barriers=3, num_arrivals=2),
         ],
         grid=(heads, batch),
         grid_names=("h", "b"),

@@ -69,7 +69,8 @@ def linear_decay_grad(
         ]
         stream, local = Stream.of(tuple(buffers), local)
         tokens_s, fulls, frees = stream
-        state_s, sum_s, change_s, read, written = local
+        state_s, sum_s, change_s, met = local
+        read, written = (met.at[i] for i in range(2))
         h, piece, b = (lax.axis_index(axis) for axis in ("h", "piece", "b"))
         wg = lax.axis_index("wg")
 
@@ -198,8 +199,7 @@ def linear_decay_grad(
             State.scratch(value_size, size, dtype),
             plgpu.SMEM((2, held_rows), jnp.float32),
             plgpu.SMEM((2, ROWS), jnp.float32),
-            plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_barriers=2, num_arrivals=2),
         ],
         grid=(heads, pieces, batch),
         grid_names=("h", "piece", "b"),

@@ -90,7 +90,8 @@ def taylor_scan(
         results_g = dict(zip(results, rest, strict=False))
         stream, local = Stream.of(tuple(buffers), rest[len(results) :])
         tokens_s, fulls, frees = stream
-        forms_s, forms_full, state_s, sums_s, *staged, read, written = local
+        forms_s, forms_full, state_s, sums_s, *staged, met = local
+        read, written = (met.at[i] for i in range(2))
         staged = dict(zip(("out", "slope"), staged, strict=True))
         h, place, b = (lax.axis_index(axis) for axis in ("h", "piece", "b"))
         wg = lax.axis_index("wg")
@@ -319,8 +320,7 @@ def taylor_scan(
             plgpu.Barrier(),
             *(published if results else (None, None)),
             *staged,
-            plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_barriers=2, num_arrivals=2),
         ],
         grid=(heads, served, batch),
         grid_names=("h", "piece", "b"),
