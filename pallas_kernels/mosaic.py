@@ -239,12 +239,13 @@ def thread_here():
 
 @contextlib.contextmanager
 def _threads_counted_here():
-    before, number = mgpu.utils.thread_idx, thread_here()
-    mgpu.utils.thread_idx = lambda: number
+    names, number = vars(mgpu.utils), thread_here()
+    before = names["thread_idx"]
+    names["thread_idx"] = lambda: number
     try:
         yield
     finally:
-        mgpu.utils.thread_idx = before
+        names["thread_idx"] = before
 
 
 def emulated(scratch):
