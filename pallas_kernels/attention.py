@@ -22,7 +22,7 @@ from pallas_kernels import rows as gathering
 from pallas_kernels.masking import ROWS, Lists, Masking, Sees, Visits, looked_up_at
 from pallas_kernels.mosaic import LOG2E, ROW, TILE
 from pallas_kernels.predicate import KEY
-from pallas_kernels.turns import Turns, divided, place
+from pallas_kernels.turns import Turns, place
 
 TURN = 4  # The first of the named barriers for turns; Mosaic uses those below.
 
@@ -116,9 +116,9 @@ def attention(
 
         def place_of(t):
             """The batch, head and first query of the tile of turn t."""
-            number, b = divided(turns.number(me, t), batch)
             # Later tiles of a causal mask visit more: the longest start first.
-            h, i = place(number, heads, num_tiles, late)
+            number = turns.number(me, t)
+            b, h, i = place(number, (batch, heads, num_tiles), late)
             return b, h, i * tile
 
         def visits_of(t):

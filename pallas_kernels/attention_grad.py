@@ -88,7 +88,7 @@ def attention_grad(
         dq_g, dk_g, dv_g, *local = refs[9 + len(looked_up) :]
         k_s, v_s, q_s, do_s, row_s, ds_s, words_s, *barriers, acc_k, acc_v = local
         kv_full, full, q_free, do_free, pair = barriers
-        head, i, b = (lax.axis_index(axis) for axis in ("h", "k", "b"))
+        b, head, i = (lax.axis_index(axis) for axis in ("b", "h", "k"))
         wg = lax.axis_index("wg")
         start = i * tile
         key_block = lax.div(start, jnp.int32(masking.key_block))
@@ -288,8 +288,9 @@ def attention_grad(
             mosaic.emulated(plgpu.SMEM((2, ROWS, head_size), jnp.float32)),
             mosaic.emulated(plgpu.SMEM((2, ROWS, value_size), jnp.float32)),
         ],
-        grid=(heads, key_len // tile, batch),
-        grid_names=("h", "k", "b"),
+        # The last axis counts first: tiles of one head share queries.
+        grid=(batch, heads, key_len // tile),
+        grid_names=("b", "h", "k"),
         num_threads=3,
         thread_name="wg",
         kernel_name="attention_grad",

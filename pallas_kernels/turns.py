@@ -11,12 +11,27 @@ from jax import lax
 PROCESSORS = 132
 
 
-def place(number, heads: int, tiles: int, late: int = 0):
-    """The head and the tile of a number that counts the tiles of all heads.
+def place(number, shape: tuple[int, int, int], late: int = 0):
+    """The batch, head and tile of a number that counts all tiles.
 
-    Tiles come from the last to the first, head by head. The first `late` of each come
-    after all others: as blocks of threads end, they fill what is left of time.
+    Tiles come from the last to the first, head by head: those that are served at the
+    same time share keys, which the cache then holds. The first `late` of each head come
+    after all others of the batch: as blocks of threads end, they fill what is left of
+    time.
+
+    Args:
+      number: of a tile.
+      shape: batches, heads and tiles of a head.
+      late: a number of tiles.
     """
+    batches, heads, tiles = shape
+    batch = 0
+    if batches > 1:
+        batch, number = divided(number, heads * tiles)
+    return batch, *_place_in_batch(number, heads, tiles, late)
+
+
+def _place_in_batch(number, heads, tiles, late):
     if not late:
         head, i = divided(number, tiles)
         return head, tiles - 1 - i
@@ -31,10 +46,11 @@ def place(number, heads: int, tiles: int, late: int = 0):
 
 
 def in_order(costs: np.ndarray, late: int = 0) -> np.ndarray:
-    """Numbers of tiles `[B, N, tiles]` in the order of `place`, batches first."""
-    before, after = costs[..., late:], costs[..., :late]
-    before = before[..., ::-1].transpose(1, 2, 0).ravel()
-    return np.concatenate([before, after[..., ::-1].transpose(2, 1, 0).ravel()])
+    """Numbers of tiles `[B, N, tiles]` in the order of `place`."""
+    batch = len(costs)
+    before, after = costs[..., late:][..., ::-1], costs[..., :late][..., ::-1]
+    parts = before.reshape(batch, -1), after.swapaxes(1, 2).reshape(batch, -1)
+    return np.concatenate(parts, 1).ravel()
 
 
 class Turns:

@@ -391,11 +391,9 @@ def test_tiles_have_a_number_each(late):
     ordered = in_order(costs, late)
     assert sorted(ordered) == list(range(60))
     for number, wanted in enumerate(ordered):
-        of_batch, batch = divmod(number, 2)
-        head, tile = place(jnp.int32(of_batch), 3, 10, late)
-        assert costs[batch, head, tile] == wanted
-    if late:  # The first of each head come after all others.
-        assert (ordered[-2 * 3 * late :] % 10 < late).all()
+        assert costs[place(jnp.int32(number), costs.shape, late)] == wanted
+    if late:  # The first of each head come after all others of the batch.
+        assert (ordered.reshape(2, -1)[:, -3 * late :] % 10 < late).all()
 
 
 @pytest.mark.parametrize(("alike", "tiles"), [(100, 1), (4000, 31), (4307, 17)])

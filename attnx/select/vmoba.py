@@ -29,8 +29,9 @@ from attnx.select.turns import Turn, by_heads
 from attnx.softmax import KernelConfig
 from attnx.softmax.engine import check_arrays
 
-# Scores of one step of the choice, if one head has no more: what a cache holds.
-_SCORES = 1 << 23
+# Scores of one step of the choice, if one head has no more: in fewer steps there are
+# fewer small kernels. Memory holds scores that are scaled or summed several times.
+_SCORES, _SCALED = 1 << 26, 1 << 24
 
 
 def vmoba_attention(
@@ -248,11 +249,12 @@ class _Boxes:
         steps = 1
         if self.scope != "layer":
             scores = batch * heads // key_heads * length * count
+            most = _SCORES if self._is_plain(threshold) else _SCALED
             steps = min(
                 n
                 for n in range(1, key_heads + 1)
                 if key_heads % n == 0
-                and (n == key_heads or key_heads // n * scores <= _SCORES)
+                and (n == key_heads or key_heads // n * scores <= most)
             )
         if steps == 1:
             words = some(0)
@@ -268,8 +270,7 @@ class _Boxes:
         scored = functools.partial(
             scores_in_turn, query, means, turn, implementation=implementation
         )
-        if threshold is None and self.normalize == "min_max":
-            # The best few are the same at any scale.
+        if self._is_plain(threshold):
             return mark_top_k(scored(own=own), self.most, scope=self.scope)
         if self.normalize == "softmax":
             scores = row_softmax(scored())
@@ -280,6 +281,10 @@ class _Boxes:
         if threshold is None:
             return mark_top_k(scores, self.most, **options)
         return mark_by_threshold(scores, threshold, max_blocks=self.most, **options)
+
+    def _is_plain(self, threshold):
+        """Whether scores are ranked as they are: the best few are so at any scale."""
+        return threshold is None and self.normalize == "min_max"
 
     def _ids(self):
         """The box of each token."""
