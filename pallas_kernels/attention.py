@@ -307,8 +307,8 @@ def attention(
             l = jnp.where(empty, 1.0, l)
             inverse = jnp.where(empty, 0.0, 1.0 / l)
             acc = acc * mosaic.along(inverse, 0, acc.shape)
-            me = mosaic.again(wg)
-            first_row, lse = me * ROWS, lse_s.at[buffer, me]
+            share = mosaic.again(wg)
+            first_row, lse = share * ROWS, lse_s.at[buffer, share]
             lse[...] = jnp.where(empty, -jnp.inf, m + jnp.log(l) * LOG2E)
             # The queries have been read: their place takes the output.
             out = (q_s if out_s is None else out_s).at[buffer, pl.ds(first_row, ROWS)]
