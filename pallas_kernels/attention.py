@@ -22,7 +22,7 @@ from pallas_kernels import rows as gathering
 from pallas_kernels.masking import ROWS, Lists, Masking, Sees, Visits, looked_up_at
 from pallas_kernels.mosaic import LOG2E, ROW, TILE
 from pallas_kernels.predicate import KEY
-from pallas_kernels.turns import Turns, place
+from pallas_kernels.turns import Turns, divided, place
 
 TURN = 4  # The first of the named barriers for turns; Mosaic uses those below.
 
@@ -116,10 +116,15 @@ def attention(
 
         def place_of(t):
             """The batch, head and first query of the tile of turn t."""
-            # Later tiles of a causal mask visit more: the longest start first.
             number = turns.number(me, t)
-            b, h, i = place(number, (batch, heads, num_tiles), late)
-            return b, h, i * tile
+            # Tiles of one head share keys, which the cache then holds. In turn those of
+            # several batches beside each other come to the same for each block.
+            beside, first = batch if tiles > 1 else 1, 0
+            if beside < batch:
+                first, number = divided(number, heads * num_tiles)
+            # Later tiles of a causal mask visit more: the longest start first.
+            b, h, i = place(number, (beside, heads, num_tiles), late)
+            return first + b, h, i * tile
 
         def visits_of(t):
             """The key blocks of a tile, and the steps that they take."""

@@ -12,12 +12,10 @@ PROCESSORS = 132
 
 
 def place(number, shape: tuple[int, int, int], late: int = 0):
-    """The batch, head and tile of a number that counts all tiles.
+    """The batch, head and tile of a number that counts all tiles, batches first.
 
-    Tiles come from the last to the first, head by head: those that are served at the
-    same time share keys, which the cache then holds. The first `late` of each head come
-    after all others of the batch: as blocks of threads end, they fill what is left of
-    time.
+    Tiles come from the last to the first, head by head. The first `late` of each come
+    after all others: as blocks of threads end, they fill what is left of time.
 
     Args:
       number: of a tile.
@@ -25,21 +23,16 @@ def place(number, shape: tuple[int, int, int], late: int = 0):
       late: a number of tiles.
     """
     batches, heads, tiles = shape
-    batch = 0
-    if batches > 1:
-        batch, number = divided(number, heads * tiles)
-    return batch, *_place_in_batch(number, heads, tiles, late)
-
-
-def _place_in_batch(number, heads, tiles, late):
+    number, batch = divided(number, batches)
     if not late:
         head, i = divided(number, tiles)
-        return head, tiles - 1 - i
+        return batch, head, tiles - 1 - i
     rest = number - heads * (tiles - late)
     head, i = divided(number, tiles - late)
     turn, late_head = divided(rest, heads)
     is_late = rest >= 0
     return (
+        batch,
         jnp.where(is_late, late_head, head),
         jnp.where(is_late, late - 1 - turn, tiles - 1 - i),
     )
@@ -47,10 +40,9 @@ def _place_in_batch(number, heads, tiles, late):
 
 def in_order(costs: np.ndarray, late: int = 0) -> np.ndarray:
     """Numbers of tiles `[B, N, tiles]` in the order of `place`."""
-    batch = len(costs)
-    before, after = costs[..., late:][..., ::-1], costs[..., :late][..., ::-1]
-    parts = before.reshape(batch, -1), after.swapaxes(1, 2).reshape(batch, -1)
-    return np.concatenate(parts, 1).ravel()
+    before, after = costs[..., late:], costs[..., :late]
+    before = before[..., ::-1].transpose(1, 2, 0).ravel()
+    return np.concatenate([before, after[..., ::-1].transpose(2, 1, 0).ravel()])
 
 
 class Turns:

@@ -38,9 +38,9 @@ _NARROW = 64
 # to begin and to end, in blocks of keys: a window's nine took a tenth less without it.
 _SHORT = 4
 _BESIDE = 0.85
-# The share of a head's tiles that may be served out of order. Neighbours, served at the
-# same time, find each other's keys in the cache.
-_FEW = 0.25
+# The share of a head's tiles that may be served out of order, and to what share of the
+# time that has to lead. Neighbours, served together, find each other's keys in the cache.
+_FEW, _GAIN = 0.25, 0.98
 # Tiles of gathered rows in turn at most: the numbers of all are in shared memory.
 _GATHERED = 32
 
@@ -274,11 +274,9 @@ def _tiles_in_turn(costs, many=0, alike=0):
         # A window lists less for the first tiles of a head.
         first = int((costs < costs.max()).all((0, 1)).argmin())
         few = first if first <= costs.shape[-1] * _FEW else 0
-        load, late = min(
-            (loads(in_order(costs, late), tiles).max(), late) for late in (0, few)
-        )
-        if load < apart:
-            return tiles, late
+        plain, late = (loads(in_order(costs, x), tiles).max() for x in (0, few))
+        if min(plain, late) < apart:
+            return tiles, few if late < _GAIN * plain else 0
     if alike:
         rounds = -(-alike // (PROCESSORS * _GATHERED))
         return -(-alike // (PROCESSORS * rounds)), 0
