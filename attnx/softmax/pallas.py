@@ -39,7 +39,7 @@ _NARROW = 64
 _SHORT = 4
 _BESIDE = 0.85
 # The share of a head's tiles that may be served out of order, and to what share of the
-# time that has to lead. Neighbours, served together, find each other's keys in the cache.
+# time that has to lead. Neighbours, served together, share what the cache holds.
 _FEW, _GAIN = 0.25, 0.98
 # Tiles of gathered rows in turn at most: the numbers of all are in shared memory.
 _GATHERED = 32
