@@ -4,11 +4,16 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 # Relative root mean square: rounding of the inputs' dtype, not of a sloppy sum.
 OUTPUT_ERROR = {"float32": 2e-6, "bfloat16": 4e-3, "float16": 1e-3}
 GRADIENT_ERROR = {"float32": 5e-6, "bfloat16": 8e-3, "float16": 2e-3}
+
+SINCE_0_11 = jax.__version_info__ >= (0, 11)
+# Of kernels that are interpreted.
+SLOW = pytest.mark.skipif(not SINCE_0_11, reason="takes long before jax 0.11")
 
 
 def normal(seed, *shapes, dtype=jnp.float32):

@@ -22,7 +22,7 @@ def marked(count, share=0.4):
     return normal(0, (B, N, T, count))[0] < share
 
 
-@given(count=st.sampled_from([1, 5, 31, 32, 33, 72, 97]))
+@given(count=st.sampled_from([1, 32, 33, 72]))
 def test_bits_are_packed_ranked_and_counted(count):
     x = marked(count)
     words = bits.pack(x)

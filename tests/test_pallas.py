@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_matches, normal, relative_rms
+from helpers import SINCE_0_11, SLOW, assert_matches, normal, relative_rms
 
 import attnx
 from attnx import BlockMask, masks
@@ -16,7 +16,6 @@ from attnx.softmax import pallas
 from pallas_kernels import mosaic
 from pallas_kernels.turns import in_order, place
 
-SINCE_0_11 = jax.__version_info__ >= (0, 11)
 SOFTMAX = attnx.dot_product_attention
 DETERMINISTIC = attnx.KernelConfig(deterministic=True)
 IDS = jnp.sort(jax.random.randint(jax.random.key(0), (1, 200), 0, 5))
@@ -170,7 +169,11 @@ def test_matches_the_reference(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["head size 256", *["causal grouped", "2-D"] * SINCE_0_11]
+    "name",
+    [
+        "causal grouped",
+        *[pytest.param(x, marks=SLOW) for x in ("2-D", "head size 256")],
+    ],
 )
 def test_a_fixed_order_matches_the_reference(name):
     with mosaic.interpret():
@@ -189,7 +192,7 @@ def test_decoding_splits_the_cache():
         assert relative_rms(x, y) < 4e-3
 
 
-@pytest.mark.skipif(not SINCE_0_11, reason="takes long before jax 0.11")
+@SLOW
 def test_a_mapped_axis_joins_the_batch():
     mask = masks.from_fn(lambda b, h, q, k: q + 50 * b >= k)
     query, key, value = normal(0, (2, 2, 128, 1, 32), *[(2, 128, 1, 32)] * 2)
@@ -332,7 +335,7 @@ def test_a_query_that_sees_nothing_gives_nothing():
     assert np.isfinite(lse[:, 40:]).all()
 
 
-@pytest.mark.skipif(not SINCE_0_11, reason="takes long before jax 0.11")
+@SLOW
 @pytest.mark.parametrize(("tiles", "late"), [(2, 0), (4, 1)])
 def test_a_block_of_threads_serves_several_tiles(tiles, late, monkeypatch):
     monkeypatch.setattr(pallas, "_tiles_in_turn", lambda *_: (tiles, late))

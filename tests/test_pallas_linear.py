@@ -8,7 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import assert_matches, normal, relative_rms
+from helpers import SINCE_0_11, SLOW, assert_matches, normal, relative_rms
 
 import attnx
 from attnx.linear import pallas, pallas_scan
@@ -16,7 +16,6 @@ from pallas_kernels import mosaic
 from pallas_kernels.chunks import CHUNK
 from pallas_kernels.linear_attention import Counted, Decay
 
-SINCE_0_11 = jax.__version_info__ >= (0, 11)
 SIZES = list(itertools.product((64, 128, 256), repeat=2))
 LONG = jnp.repeat(jnp.arange(3), jnp.array([300, 20, 448]))[None]
 # heads, key heads, length, key size, value size, decay, options
@@ -118,7 +117,7 @@ def test_matches_the_reference(name):
         )
 
 
-@pytest.mark.skipif(not SINCE_0_11, reason="takes long before jax 0.11")
+@SLOW
 @pytest.mark.parametrize("name", IN_PIECES)
 def test_a_sequence_in_pieces_is_the_whole(name, monkeypatch):
     monkeypatch.setattr(pallas, "number_of_pieces", lambda *_: 3)
@@ -222,7 +221,7 @@ def test_no_memory_is_raced_for(name):
         assert not gpu_callbacks.get_races().races_found
 
 
-@pytest.mark.skipif(not SINCE_0_11, reason="takes long before jax 0.11")
+@SLOW
 def test_a_mapped_axis_joins_the_batch():
     tokens = [x[None] for x in arrays("per token")]
     with mosaic.interpret():

@@ -6,16 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import normal, relative_rms
+from helpers import SLOW, normal, relative_rms
 
 from attnx import masks, select
 from attnx.softmax import pallas
 from pallas_kernels import mosaic
 
 T, S, BLOCK = 300, 384, 128
-LONG = pytest.mark.skipif(
-    jax.__version_info__ < (0, 11), reason="takes long before jax 0.11"
-)
 
 
 def routed(query, key, value, implementation, scope="head", block_size=BLOCK):
@@ -34,7 +31,8 @@ def routed(query, key, value, implementation, scope="head", block_size=BLOCK):
 
 
 @pytest.mark.parametrize(
-    ("tiles", "block_size"), [pytest.param(1, BLOCK, marks=LONG), (2, BLOCK), (2, 192)]
+    ("tiles", "block_size"),
+    [*[pytest.param(n, BLOCK, marks=SLOW) for n in (1, 2)], (2, 192)],
 )
 def test_rows_of_each_block_are_gathered(tiles, block_size, monkeypatch):
     """Of blocks of 192 the first step has half as many keys."""
@@ -50,7 +48,7 @@ def test_rows_of_each_block_are_gathered(tiles, block_size, monkeypatch):
     assert relative_rms(got[0], want[0]) < 5e-3
 
 
-@LONG
+@SLOW
 @pytest.mark.parametrize("scope", ["row", "head"])
 def test_gradients_of_gathered_rows(scope):
     args = normal(0, (1, T, 1, 32), (1, S, 1, 32), (1, S, 1, 32), dtype="bfloat16")
@@ -69,7 +67,7 @@ def test_gradients_of_gathered_rows(scope):
         assert relative_rms(found, right) < 1e-2
 
 
-@LONG
+@SLOW
 def test_runs_of_tiles_are_merged_with_what_is_beside(monkeypatch):
     monkeypatch.setattr("attnx.select.turns._PAIRS", 1)
     monkeypatch.setattr("attnx.select.turns._RUNS", 2)

@@ -8,14 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import GRADIENT_ERROR, assert_matches, normal
+from helpers import GRADIENT_ERROR, SINCE_0_11, SLOW, assert_matches, normal
 
 import attnx
 from attnx import feature_maps
 from attnx.linear import pallas_taylor
 from pallas_kernels import mosaic
 
-SINCE_0_11 = jax.__version_info__ >= (0, 11)
 B, T, N, K, H, V = 2, 150, 4, 2, 4, 6
 SEGMENTS = np.repeat(np.arange(4), [50, 14, 1, 85])
 SEGMENTS = np.stack([SEGMENTS, SEGMENTS[::-1] + 7])
@@ -120,7 +119,7 @@ def test_features_of_all_tokens_are_never_in_memory():
     assert max(sizes) < 4096 * 153
 
 
-@pytest.mark.skipif(not SINCE_0_11, reason="takes long before jax 0.11")
+@SLOW
 def test_the_kernel_matches_the_reference():
     with mosaic.interpret():
         assert_matches(
@@ -131,7 +130,7 @@ def test_the_kernel_matches_the_reference():
         )
 
 
-@pytest.mark.skipif(not SINCE_0_11, reason="takes long before jax 0.11")
+@SLOW
 def test_a_sequence_in_pieces_is_the_whole(monkeypatch):
     monkeypatch.setattr(pallas_taylor, "number_of_pieces", lambda *_: 2)
     with mosaic.interpret():

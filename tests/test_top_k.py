@@ -7,13 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import normal
+from helpers import SLOW, normal
 
 from attnx import select
 from attnx.select import top_k
 from pallas_kernels import mosaic
-
-SINCE_0_11 = jax.__version_info__ >= (0, 11)
 
 
 def operands(length, count, heads, key_heads, size=64):
@@ -56,7 +54,7 @@ def test_heads_may_be_scored_in_turn(monkeypatch):
     chex.assert_trees_all_equal(chosen("xla", *arrays), want)
 
 
-@pytest.mark.skipif(not SINCE_0_11, reason="takes long before jax 0.11")
+@SLOW
 def test_the_kernel_chooses_the_same():
     query, pooled = operands(200, 300, 2, 1)
     stop = jnp.arange(200)[None] * 2
