@@ -13,6 +13,7 @@ from helpers import SINCE_0_11, SLOW, assert_matches, normal, relative_rms
 import attnx
 from attnx import BlockMask, masks
 from attnx.softmax import pallas
+from attnx.softmax.pallas_turns import tiles_in_turn
 from pallas_kernels import mosaic
 from pallas_kernels.turns import in_order, place
 
@@ -338,7 +339,7 @@ def test_a_query_that_sees_nothing_gives_nothing():
 @SLOW
 @pytest.mark.parametrize(("tiles", "late"), [(2, 0), (4, 1)])
 def test_a_block_of_threads_serves_several_tiles(tiles, late, monkeypatch):
-    monkeypatch.setattr(pallas, "_tiles_in_turn", lambda *_: (tiles, late))
+    monkeypatch.setattr(pallas, "tiles_in_turn", lambda *_, **__: (tiles, late))
 
     def both(*args, implementation):
         call = functools.partial(
@@ -399,6 +400,6 @@ def test_tiles_have_a_number_each(late):
         assert (ordered[-2 * 3 * late :] % 10 < late).all()
 
 
-@pytest.mark.parametrize(("alike", "tiles"), [(100, 1), (4000, 31), (4307, 17)])
-def test_tiles_that_are_alike_leave_a_few_blocks_of_threads(alike, tiles):
-    assert pallas._tiles_in_turn(None, alike=alike) == (tiles, 0)
+@pytest.mark.parametrize(("total", "tiles"), [(100, 1), (4000, 31), (4307, 17)])
+def test_tiles_that_are_alike_leave_a_few_blocks_of_threads(total, tiles):
+    assert tiles_in_turn(None, total, slots=13, alike=True) == (tiles, 0)

@@ -36,7 +36,7 @@ def routed(query, key, value, implementation, scope="head", block_size=BLOCK):
 )
 def test_rows_of_each_block_are_gathered(tiles, block_size, monkeypatch):
     """Of blocks of 192 the first step has half as many keys."""
-    monkeypatch.setattr(pallas, "_tiles_in_turn", lambda *_, **__: (tiles, 0))
+    monkeypatch.setattr(pallas, "tiles_in_turn", lambda *_, **__: (tiles, 0))
     run = functools.partial(routed, block_size=block_size)
     args = normal(0, (1, T, 2, 32), (1, S, 1, 32), (1, S, 1, 32), dtype="bfloat16")
     with mosaic.interpret():

@@ -8,14 +8,13 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from attnx._checks import is_traced
 from attnx._groups import sum_of_groups
 from attnx.softmax.block_mask import BlockMask, transpose
 from attnx.softmax.mask import Mask
 from attnx.softmax.masks import Full
 from attnx.softmax.pallas_rows import Rows
+from attnx.softmax.pallas_turns import tile_costs, tiles_in_turn
 from attnx.softmax.steps import Step
 from pallas_kernels.attention import attention as attention_kernel
 from pallas_kernels.attention_grad import attention_grad as grad_kernel
@@ -26,7 +25,6 @@ from pallas_kernels.batching import mappable
 from pallas_kernels.masking import ROWS, Lists, Masking
 from pallas_kernels.mosaic import LOG2E, wrong_device
 from pallas_kernels.predicate import Untraceable, trace
-from pallas_kernels.turns import PROCESSORS, in_order, loads
 
 BLOCK = 128
 HEAD_SIZES = (32, 64, 96, 128, 256)
@@ -34,15 +32,6 @@ HEAD_SIZES = (32, 64, 96, 128, 256)
 _WIDEST_FUSED = 128
 # And narrower ones for a third warpgroup that computes, or for two query tiles a step.
 _NARROW = 64
-# How short lists are that leave time between tiles, and what a block of threads takes
-# to begin and to end, in blocks of keys: a window's nine took a tenth less without it.
-_SHORT = 4
-_BESIDE = 0.85
-# The share of a head's tiles that may be served out of order, and to what share of the
-# time that has to lead. Neighbours, served together, share what the cache holds.
-_FEW, _GAIN = 0.25, 0.98
-# Tiles of gathered rows in turn at most: the numbers of all are in shared memory.
-_GATHERED = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,15 +214,15 @@ def _attend(
     warpgroups = 3 if small and divides else 2
     tile = warpgroups * ROWS
     in_block = call.masking.query_block // tile
-    costs = _costs(call.block_mask.counts, (batch, heads), in_block)
-    total = batch * heads * -(-length // tile)
-    is_short = lists.indices.shape[-1] <= _SHORT
-    many = total if is_short else 0
-    # Gathered rows attend to blocks of about the same length.
-    alike = 0 if is_short or rows is None else total
-    tiles, late = (1, 0)
+    tiles, late = 1, 0
     if size <= _WIDEST_FUSED:
-        tiles, late = _tiles_in_turn(costs, many, alike)
+        tiles, late = tiles_in_turn(
+            tile_costs(call.block_mask.counts, (batch, heads), in_block),
+            batch * heads * -(-length // tile),
+            slots=lists.indices.shape[-1],
+            # Gathered rows attend to blocks of about the same length.
+            alike=rows is not None,
+        )
     masking, keys = call.masking, key_tile(query, value)
     first_keys = call.block_mask.first_keys
     if first_keys is not None and 2 * first_keys == keys == masking.key_block:
@@ -255,53 +244,6 @@ def _attend(
     )
     first = None if head is None else head[None]
     return kernel((query, key, value, so_far), (lists, looked_up, index, first))
-
-
-def _tiles_in_turn(costs, many=0, alike=0):
-    """Tiles for each block of threads, and how many of a head are served last.
-
-    A tile is begun while the one before it ends. Where lists are known and come to
-    about the same, one block of threads is left for each multiprocessor, and where so
-    many are `alike` but not known, one or a few. Others are better balanced by blocks
-    that start as others end; of lists that are short, `many` in all, these serve a few.
-
-    Args:
-      costs: of each tile, `[B, N, tiles]`, or None.
-    """
-    if costs is not None:
-        tiles = -(-costs.size // PROCESSORS)
-        apart = (costs.sum() + _BESIDE * costs.size) / PROCESSORS + costs.max() / 2
-        # A window lists less for the first tiles of a head.
-        first = int((costs < costs.max()).all((0, 1)).argmin())
-        few = first if first <= costs.shape[-1] * _FEW else 0
-        plain, late = (loads(in_order(costs, x), tiles).max() for x in (0, few))
-        if min(plain, late) < apart:
-            return tiles, few if late < _GAIN * plain else 0
-    if alike:
-        rounds = -(-alike // (PROCESSORS * _GATHERED))
-        return -(-alike // (PROCESSORS * rounds)), 0
-
-    def cost(count):
-        """Of all tiles, where a block of threads adds half a tile of its own."""
-        return -(-many // (count * PROCESSORS)) * (count + 0.5)
-
-    return (min((1, 2, 4, 8), key=cost) if many else 1), 0
-
-
-def _costs(counts, shape, tiles):
-    """How many blocks each tile visits, `[B, N, tiles]`, or None where not known.
-
-    Args:
-      counts: of the lists, int `[B or 1, N or K or 1, blocks]`.
-      shape: B and N.
-      tiles: in a block.
-    """
-    if is_traced(counts):
-        return None
-    counts = np.repeat(np.asarray(counts), tiles, -1)
-    batch, heads = shape
-    counts = np.repeat(counts, heads // counts.shape[1], 1)
-    return np.broadcast_to(counts, (batch, *counts.shape[1:]))
 
 
 def _backward(call, residuals, cotangents):
