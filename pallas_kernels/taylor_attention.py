@@ -112,7 +112,8 @@ def taylor_scan(
 
             def publish(state, sums):
                 for tile, part in zip(TILES, state, strict=True):
-                    state_s.at[tile, own_columns][...] = part.astype(dtype)
+                    here = state_s.at[tile, own_columns]
+                    mosaic.store(here, part.astype(dtype), _swizzle(value_size, dtype))
                 write_sums(sums, lambda tile: sums_s.at[tile])
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(written)
@@ -198,11 +199,12 @@ def taylor_scan(
                 return lax.fori_loop(0, 2, within, out)
 
             def write(name, x, chunk):
-                place_s = staged[name].at[own_rows]
+                first = mosaic.again(wg) * ROWS
+                place_s = staged[name].at[pl.ds(first, ROWS)]
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                place_s[...] = x.astype(dtype)
+                mosaic.store(place_s, x.astype(dtype), _swizzle(x.shape[-1], dtype))
                 plgpu.commit_smem()
-                rows = pl.ds(chunk * CHUNK + wg * ROWS, ROWS)
+                rows = pl.ds(chunk * CHUNK + first, ROWS)
                 plgpu.copy_smem_to_gmem(place_s, results_g[name].at[b, rows, h])
 
             def after(state, sums, here):
@@ -332,4 +334,8 @@ def taylor_scan(
 
 def _tiled(shape, dtype):
     """As all operands of one product must be, for products over 32 rows or more."""
-    return mosaic.tiled(shape, dtype, min(64, mosaic.swizzle_of(shape[-1], dtype)))
+    return mosaic.tiled(shape, dtype, _swizzle(shape[-1], dtype))
+
+
+def _swizzle(columns, dtype):
+    return min(64, mosaic.swizzle_of(columns, dtype))
