@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import normal
+from helpers import SLOW, normal
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -61,7 +61,7 @@ def test_runs_are_those_of_sorted_pairs(shares, share):
             np.testing.assert_array_equal(*of_row)
 
 
-@pytest.mark.parametrize("count", [12, 130])
+@pytest.mark.parametrize("count", [12, pytest.param(130, marks=SLOW)])
 def test_the_kernel_scores_the_heads_whose_turn_it_is(count):
     query, means = normal(0, (2, 128, 4, 32), (2, count, 2, 32))
     query = query.astype(jnp.bfloat16)

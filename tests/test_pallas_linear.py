@@ -258,6 +258,7 @@ def test_gradients_take_so_many_passes(name, passes):
     assert calls(gradients, *arrays(name)) == passes
 
 
+@SLOW
 def test_a_denominator_of_zero_gives_zero():
     query, key, value, *_ = arrays("normalized")
     fn = functools.partial(
