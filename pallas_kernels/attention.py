@@ -196,8 +196,8 @@ def attention(
                 return fragments.load(sums_g.at[at], value_size), peak, total
 
             def seen(j):
-                place = lax.rem(jnp.int32(before + j), jnp.int32(places))
-                of_columns = {i: of_keys_s.at[place, n] for n, i in enumerate(of_keys)}
+                at = lax.rem(jnp.int32(before + j), jnp.int32(places))
+                of_columns = {i: of_keys_s.at[at, n] for n, i in enumerate(of_keys)}
                 return sees(*key_start(visits, j), of_columns)
 
             def update(j, scores, m, l, masked):
@@ -225,9 +225,9 @@ def attention(
 
             def step(j, carry, masked, after_first=None):
                 acc, m, l, p = carry
-                value = slice(None)
+                weighed_keys = slice(None)
                 if after_first is not None:
-                    p, value = after_first, pl.ds(0, first_keys)
+                    p, weighed_keys = after_first, pl.ds(0, first_keys)
                 slot, last_slot = slot_of(j), slot_of(j - 1)
                 plgpu.barrier_wait(k_full.at[slot])
                 plgpu.barrier_wait(v_full.at[last_slot])
@@ -244,7 +244,7 @@ def attention(
 
                 acc, done = products.overlapped(
                     (q, k_s.at[slot]),
-                    (acc, p, v_s.at[last_slot, value]),
+                    (acc, p, v_s.at[last_slot, weighed_keys]),
                     issued=lambda: give_turn(lax.rem(wg + 1, jnp.int32(warpgroups))),
                     meanwhile=meanwhile,
                 )

@@ -35,8 +35,7 @@ def add(ref, x):
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), TILE))
     def run(_, ref, x):
         place = _place(ref)
-        for i, pairs in enumerate(x.registers.reshape(-1, 2)):
-            values = [_element(pair, j) for pair in pairs for j in range(2)]
+        for i, values in enumerate(_fours(x)):
             # The last operand is not used. Without a later use of the zero that
             # accumulators begin as, LLVM makes it one register with the last of these,
             # and ptxas then keeps all 32 of a product from the step's start.
@@ -61,8 +60,7 @@ def store(ref, x):
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), TILE))
     def run(_, ref, x):
         place = _place(ref)
-        for i, pairs in enumerate(x.registers.reshape(-1, 2)):
-            values = [_element(pair, j) for pair in pairs for j in range(2)]
+        for i, values in enumerate(_fours(x)):
             four = vector.from_elements(
                 ir.VectorType.get((4,), ir.F32Type.get()), values
             )
@@ -147,6 +145,12 @@ def _place(ref):
 def _step(place, i):
     """Where its bytes of the i-th 8 columns are."""
     return getelementptr(place, [_STEP * i], ir.IntegerType.get_signless(8))
+
+
+def _fours(x):
+    """The numbers that a thread holds, four at a time."""
+    for pairs in x.registers.reshape(-1, 2):
+        yield [_element(pair, i) for pair in pairs for i in range(2)]
 
 
 def _element(values, i):

@@ -164,7 +164,7 @@ def _backward(options, residuals, cotangents):
     d_out, d_last = cotangents
     if isinstance(d_out, SymbolicZero):
         d_out = jnp.zeros(d_out.shape, d_out.dtype)
-    if d_last is None or isinstance(d_last, SymbolicZero):
+    if isinstance(d_last, SymbolicZero):
         d_last = None
     small = entering.shape[-2] * entering.shape[-1] <= LARGEST
     # One for all tokens sums up what bfloat16 states leave over: xla keeps float32.

@@ -70,6 +70,15 @@ def bfloat16_parts(x: jax.Array, dtype) -> jax.Array:
     return jnp.stack(parts, 1)
 
 
+def unsupported_query(query: jax.Array) -> str | None:
+    """Why kernels that add products of bfloat16 parts do not take a query, or None."""
+    if query.dtype != jnp.bfloat16:
+        return f"the kernel takes bfloat16 queries, not {query.dtype}"
+    if query.shape[-1] not in HEAD_SIZES:
+        return f"the kernel takes head sizes {HEAD_SIZES}, not {query.shape[-1]}"
+    return None
+
+
 def _by_xla(steps, query, means, number, own):
     turn = Turn(number, steps)
     scores = block_scores(turn.of(query), turn.of(means))
@@ -96,10 +105,8 @@ def _by_kernel(steps, query, means, number, own):
 def _unsupported(implementation, query, means, number, own):
     if implementation != "pallas":
         return None
-    if query.dtype != jnp.bfloat16:
-        return f"the kernel takes bfloat16 queries, not {query.dtype}"
-    if query.shape[-1] not in HEAD_SIZES:
-        return f"the kernel takes head sizes {HEAD_SIZES}, not {query.shape[-1]}"
+    if reason := unsupported_query(query):
+        return reason
     if query.shape[1] % TILE:
         return f"the kernel takes multiples of {TILE} queries, not {query.shape[1]}"
     return wrong_device()

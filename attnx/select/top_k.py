@@ -11,7 +11,7 @@ from attnx._checks import expect, expect_shape
 from attnx._dispatch import dispatch
 from attnx.select.blocks import block_scores
 from attnx.select.choice import Choice, choice_of, top_k_blocks
-from attnx.select.scores import HEAD_SIZES, bfloat16_parts
+from attnx.select.scores import bfloat16_parts, unsupported_query
 from pallas_kernels.batching import mappable
 from pallas_kernels.mosaic import wrong_device
 from pallas_kernels.top_blocks import BLOCKS, TILE
@@ -132,10 +132,8 @@ def _by_kernel(k, query, pooled, first, stop):
 def _unsupported(k, implementation, query, pooled, first, stop):
     if implementation != "pallas":
         return None
-    if query.dtype != jnp.bfloat16:
-        return f"the kernel takes bfloat16 queries, not {query.dtype}"
-    if query.shape[-1] not in HEAD_SIZES:
-        return f"the kernel takes head sizes {HEAD_SIZES}, not {query.shape[-1]}"
+    if reason := unsupported_query(query):
+        return reason
     if k > LARGEST_K:
         return f"the kernel chooses up to {LARGEST_K} blocks, not {k}"
     return wrong_device()

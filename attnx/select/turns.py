@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from attnx._checks import is_traced
 
-# Pairs of rows and blocks attended at a time, if one head has no more; and those of one
-# run of tiles where heads take turns, twice as many where these copy no tokens.
+# Pairs of rows and blocks attended at a time, if one head has no more. Where heads take
+# turns one run of tiles has a third more, or twice as many if these copy no tokens.
 _PAIRS = 1 << 19
 # How many runs a head may take, at most: each is a part of the program.
 _RUNS = 16
