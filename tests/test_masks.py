@@ -172,6 +172,13 @@ def test_combinations_are_pytrees_that_trace():
     assert len(jax.tree.leaves(mask)) == 3
 
 
+def test_masks_of_the_same_fields_are_different_trees():
+    causal = masks.Causal()
+    for one, other in [(causal, masks.Full()), (causal & causal, causal | causal)]:
+        assert jax.tree.structure(one) != jax.tree.structure(other)
+        assert jax.tree.structure(one) == jax.tree.structure(jax.tree.map(abs, one))
+
+
 def test_truth_value_is_refused():
     with pytest.raises(TypeError, match="combine masks with &"):
         _ = masks.Causal() and masks.Full()

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from attnx._checks import expect, expect_shape, is_traced
+from attnx._tree import tree_class
 from attnx.cache.kv_cache import KVCache
 from attnx.softmax.decode import decode_attention
-from attnx.softmax.mask import Mask, mask_class
+from attnx.softmax.mask import Mask
 from attnx.softmax.masks import Causal
 from attnx.softmax.pallas import KernelConfig
 
@@ -216,7 +217,7 @@ def sparse_decode_attention(
     return (join(out), join(lse)) if return_residual else join(out)
 
 
-@mask_class(meta=("heads", "group"))
+@tree_class(meta=("heads", "group"))
 class Held(Mask):
     """`mask` at the positions of the keys that slots hold; empty slots are not seen.
 

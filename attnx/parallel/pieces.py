@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from attnx._checks import expect
+from attnx._tree import tree_class
 from attnx.softmax.block_mask import BlockMask
-from attnx.softmax.mask import And, FromFn, Mask, Not, Or, mask_class
+from attnx.softmax.mask import And, FromFn, Mask, Not, Or
 from attnx.softmax.masks import (
     Causal,
     Dense,
@@ -66,7 +67,7 @@ def from_zigzag(x: jax.Array, devices: int, *, axis: int = 1) -> jax.Array:
     return _reorder(x, axis, [order.index(i) for i in range(len(order))])
 
 
-@mask_class(meta=("query_size", "key_size"))
+@tree_class(meta=("query_size", "key_size"))
 class Pieces(Mask):
     """`mask` over tokens that are pieces of longer sequences.
 
@@ -112,7 +113,7 @@ class Pieces(Mask):
         return some, every
 
 
-@mask_class()
+@tree_class()
 class Rows(Mask):
     """`mask` for a part of its batch and heads, which start at `batch` and `head`."""
 

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnx._checks import expect, expect_float, expect_shape
-from attnx.softmax.mask import mask_class
+from attnx._tree import tree_class
 
 
-@mask_class(meta=("count",))
+@tree_class(meta=("count",))
 class Blocks:
     """A cut of a sequence into runs of tokens.
 

@@ -8,15 +8,16 @@ import jax
 import jax.numpy as jnp
 
 from attnx._checks import expect, expect_float
+from attnx._tree import tree_class
 from attnx.select.bits import counts, pack, ranks, running_sum, unpack
 from attnx.select.ranking import best_of, heaviest
 from attnx.softmax.block_mask import BlockMask
-from attnx.softmax.mask import Mask, mask_class
+from attnx.softmax.mask import Mask
 
 SCOPES = ("row", "head", "layer")
 
 
-@mask_class(meta=("grid", "per_row"))
+@tree_class(meta=("grid", "per_row"))
 class Choice:
     """The blocks that rows chose, as lists of pairs (row, block) of a fixed length.
 

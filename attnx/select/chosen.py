@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnx.softmax.mask import Mask, mask_class
+from attnx._tree import tree_class
+from attnx.softmax.mask import Mask
 
 
-@mask_class()
+@tree_class()
 class Chosen(Mask):
     """A query sees the tokens of the blocks it chose.
 

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from attnx._checks import expect, expect_shape
+from attnx._tree import tree_class
 from attnx.select.blocks import Blocks, block_scores, pool_sqrt
 from attnx.softmax import KernelConfig, dot_product_attention
 from attnx.softmax.engine import check_arrays
-from attnx.softmax.mask import Mask, mask_class
+from attnx.softmax.mask import Mask
 from attnx.softmax.masks import Segments
 
 
@@ -162,7 +163,7 @@ def dhsa_mask(
     return mask if segment_ids is None else mask & Segments(segment_ids)
 
 
-@mask_class()
+@tree_class()
 class ChunkBudget(Mask):
     """A query sees the first tokens of each chunk, as many as are left of its budget.
 

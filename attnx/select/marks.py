@@ -12,12 +12,12 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 
+from attnx._tree import tree_class
 from attnx.select.bits import counts, ranks, ranks_in_columns, running_sum, unpack
 from attnx.select.tiles import Run, bounds_of, of_blocks
-from attnx.softmax.mask import mask_class
 
 
-@mask_class(meta=("count", "slots", "tile"))
+@tree_class(meta=("count", "slots", "tile"))
 class Marks:
     """Which blocks each row chose, and how many rows fill a tile.
 

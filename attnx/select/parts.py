@@ -9,18 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from attnx._tree import tree_class
 from attnx.softmax.pallas_rows import RowKernels
 
 # Parts of a row that are read in one pass over all rows.
 _AT_ONCE = 16
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("index", "place", "first", "stop", "known", "head"),
-    meta_fields=("length", "per_row", "kernels"),
-)
-@dataclasses.dataclass(frozen=True)
+@tree_class(meta=("length", "per_row", "kernels"))
 class Rows:
     """The rows in the places of a `Run` of tiles, for the engine.
 

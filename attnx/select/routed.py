@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnx._checks import expect
+from attnx._tree import tree_class
 from attnx.select.blocks import Blocks, check_block_size, in_blocks
 from attnx.select.choice import Choice
 from attnx.select.chosen import Chosen
@@ -27,7 +28,7 @@ from attnx.softmax import (
     KernelConfig,
 )
 from attnx.softmax.engine import attend, check_arrays
-from attnx.softmax.mask import Mask, mask_class
+from attnx.softmax.mask import Mask
 from attnx.softmax.masks import Full
 from attnx.softmax.merge import merge_attention
 
@@ -290,7 +291,7 @@ def _cut(x, blocks, block_size, size):
     return jnp.take_along_axis(x, index, 1, mode="clip")
 
 
-@mask_class(meta=("length",))
+@tree_class(meta=("length",))
 class _Inside(Mask):
     """The keys that a block has, of blocks cut to one length: `sizes` is `[B, n]`."""
 

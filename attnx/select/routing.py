@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from attnx._checks import expect, expect_shape
+from attnx._tree import tree_class
 from attnx.softmax import KernelConfig, dot_product_attention
 from attnx.softmax.engine import check_arrays
-from attnx.softmax.mask import Mask, mask_class
+from attnx.softmax.mask import Mask
 
 
 def routing_attention(
@@ -261,7 +262,7 @@ class Centroids(NamedTuple):
         return one_hot
 
 
-@mask_class(meta=("is_causal",))
+@tree_class(meta=("is_causal",))
 class _Members(Mask):
     """Members of one cluster by their indices in the sequence, `[B * N * c, w]`."""
 

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnx._checks import expect, expect_shape
+from attnx._tree import tree_class
 from attnx.select.blocks import document_starts
 from attnx.softmax import dot_product_attention, merge_attention
 from attnx.softmax.engine import check_arrays
-from attnx.softmax.mask import Mask, mask_class
+from attnx.softmax.mask import Mask
 from attnx.softmax.masks import Causal, Offset, Segments, Window
 
 # Numbers that are gathered at a time.
@@ -266,7 +267,7 @@ def superlinear_spans(
     return Spans(*(jnp.swapaxes(x, 1, 2) for x in spans))
 
 
-@mask_class()
+@tree_class()
 class Between(Mask):
     """A query sees the keys from `first` to `last`, int `[B, N, T]`."""
 

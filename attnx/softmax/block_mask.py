@@ -10,13 +10,14 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from attnx._checks import expect, is_traced
-from attnx.softmax.mask import Mask, Tiles, mask_class
+from attnx._tree import tree_class
+from attnx.softmax.mask import Mask, Tiles
 from attnx.softmax.masks import Full
 
 SKIP, PARTIAL, FULL = 0, 1, 2
 
 
-@mask_class(meta=("query_len", "key_len", "block_size", "first_keys"))
+@tree_class(meta=("query_len", "key_len", "block_size", "first_keys"))
 class BlockMask:
     """For each query block, the key blocks it visits: partial ones first, then full.
 

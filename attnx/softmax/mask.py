@@ -14,26 +14,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-Class = TypeVar("Class", bound=type)
-
-
-@dataclass_transform(frozen_default=True, eq_default=False)
-def mask_class(*, meta: tuple[str, ...] = ()) -> Callable[[Class], Class]:
-    """Makes a class a frozen dataclass and a pytree, `meta` fields being static."""
-
-    def decorate(cls: Class) -> Class:
-        cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
-        names = [field.name for field in dataclasses.fields(cls)]
-        data = [name for name in names if name not in meta]
-        return jax.tree_util.register_dataclass(cls, data, list(meta))
-
-    return decorate
+from attnx._tree import tree_class
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +146,7 @@ class Mask:
         raise TypeError("a mask has no truth value: combine masks with & | ~")
 
 
-@mask_class()
+@tree_class()
 class And(Mask):
     left: Mask
     right: Mask
@@ -176,7 +162,7 @@ class And(Mask):
         return some & some_too, every & every_too
 
 
-@mask_class()
+@tree_class()
 class Or(Mask):
     left: Mask
     right: Mask
@@ -192,7 +178,7 @@ class Or(Mask):
         return some | some_too, every | every_too
 
 
-@mask_class()
+@tree_class()
 class Not(Mask):
     mask: Mask
 
@@ -207,7 +193,7 @@ class Not(Mask):
         return ~every, ~some
 
 
-@mask_class(meta=("fn",))
+@tree_class(meta=("fn",))
 class FromFn(Mask):
     operands: tuple[jax.Array, ...]
     fn: Callable[..., jax.Array]

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from attnx._checks import expect
-from attnx.softmax.mask import Mask, mask_class
+from attnx._tree import tree_class
+from attnx.softmax.mask import Mask
 
 
-@mask_class()
+@tree_class()
 class Full(Mask):
     """Every query sees every key."""
 
@@ -23,7 +24,7 @@ class Full(Mask):
         return jnp.ones((1, 1, 1, 1), bool), jnp.ones((1, 1, 1, 1), bool)
 
 
-@mask_class()
+@tree_class()
 class Causal(Mask):
     """A query sees the keys up to its own index."""
 
@@ -35,7 +36,7 @@ class Causal(Mask):
         return some, tiles.key_high <= tiles.query_low
 
 
-@mask_class()
+@tree_class()
 class Window(Mask):
     """A query sees `left` keys before its index, its own, and `right` keys after.
 
@@ -78,7 +79,7 @@ class Window(Mask):
         return seen
 
 
-@mask_class()
+@tree_class()
 class Prefix(Mask):
     """Every query sees the first `length` keys; an array `[B]` gives one a sequence.
 
@@ -95,7 +96,7 @@ class Prefix(Mask):
         return tiles.key_low < length, tiles.key_high < length
 
 
-@mask_class()
+@tree_class()
 class Lengths(Mask):
     """Only the first `query` queries and `key` keys of each sequence count: int [B]."""
 
@@ -120,7 +121,7 @@ class Lengths(Mask):
         return seen
 
 
-@mask_class()
+@tree_class()
 class Segments(Mask):
     """A query sees the keys with its own segment id: documents packed in a sequence.
 
@@ -152,7 +153,7 @@ class Segments(Mask):
         return self.query_ids, key_ids
 
 
-@mask_class()
+@tree_class()
 class Strided(Mask):
     """A query sees the keys at distances divisible by `stride` (Sparse Transformer)."""
 
@@ -174,7 +175,7 @@ class Strided(Mask):
         return some, some & one
 
 
-@mask_class()
+@tree_class()
 class Power(Mask):
     """A query sees the blocks before it at distances 0 and powers of two.
 
@@ -220,7 +221,7 @@ class Power(Mask):
         return (distance < self.window) | (distance & (distance - 1) == 0)
 
 
-@mask_class()
+@tree_class()
 class Dense(Mask):
     """The boolean array that `jax.nn` takes: broadcastable to `[B, N, T, S]`."""
 
@@ -234,7 +235,7 @@ class Dense(Mask):
         ]
 
 
-@mask_class()
+@tree_class()
 class Offset(Mask):
     """`mask` seen from elsewhere: index i stands for the mask's index i + offset.
 

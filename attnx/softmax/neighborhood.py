@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnx._checks import expect
-from attnx.softmax.mask import Mask, mask_class
+from attnx._tree import tree_class
+from attnx.softmax.mask import Mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +92,7 @@ def windows(
     return tuple(map(Window1D, shape, kernel_size, stride, dilation, map(bool, causal)))
 
 
-@mask_class(meta=("shape", "kernel_size", "stride", "dilation", "is_causal", "tile"))
+@tree_class(meta=("shape", "kernel_size", "stride", "dilation", "is_causal", "tile"))
 class Neighborhood(Mask):
     """The neighborhood mask over the flattened tokens of an array of 1 to 3 axes.
 
@@ -198,7 +199,7 @@ class Neighborhood(Mask):
         return boxes
 
 
-@mask_class(meta=("shape", "kernel_size", "stride", "dilation", "is_causal", "tile"))
+@tree_class(meta=("shape", "kernel_size", "stride", "dilation", "is_causal", "tile"))
 class TiledNeighborhood(Neighborhood):
     """A neighborhood asked about blocks that are tiles: the mask of `tile_lists`.
 

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 
 import jax
 
+from attnx._tree import tree_class
 from attnx.softmax.merge import merge_attention
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("sums", "cotangents"),
-    meta_fields=("is_last",),
-)
-@dataclasses.dataclass(frozen=True)
+@tree_class(meta=("is_last",))
 class Step:
     """One of several steps, each with other keys. It has no gradient of its own.
 
