@@ -12,6 +12,7 @@ import numpy as np
 
 import attnx
 from attnx import masks, parallel, select
+from attnx.select.boxes import Boxes
 from benchmarks import peers
 from benchmarks.cases import Case
 from benchmarks.gpu_cases_linear import linear, step, taylor
@@ -175,13 +176,9 @@ def vmoba(
         return peers.cudnn()(*flat).reshape(arrays[0].shape)
 
     def choice(query, key, _):
-        # Of runs of tokens as long as a box: to choose among boxes is no other work.
         query, key = (x.reshape(batch, tokens, heads, size) for x in (query, key))
-        blocks = select.Blocks.regular(tokens, math.prod(block))
-        scores = select.block_scores(query, select.pool_mean(key, blocks))
-        own = blocks.ids[0][:, None] == jnp.arange(blocks.count)
-        scores = select.min_max(scores, scope="head")
-        return select.threshold_blocks(scores, scope="head", forced=own, **options)
+        boxes = Boxes(space, block, "min_max", "head", most)
+        return boxes.choose(query, key, options["threshold"], implementation=None).words
 
     modes, yardsticks = Case._field_defaults["modes"], {"cudnn": dense}
     options, label = {"top_k": most}, f"top {most}"

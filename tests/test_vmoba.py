@@ -91,7 +91,7 @@ def test_heads_with_keys_of_their_own_take_turns(monkeypatch):
 def take_turns(monkeypatch):
     monkeypatch.setattr("attnx.select.turns._PAIRS", 1)
     monkeypatch.setattr("attnx.select.turns._RUNS", 2)
-    monkeypatch.setattr("attnx.select.vmoba._SCORES", 1)
+    monkeypatch.setattr("attnx.select.boxes._SCORES", 1)
 
 
 def test_a_scale_has_a_gradient():
