@@ -146,7 +146,9 @@ class State:
 
     def publish(self, state, sums=None):
         """For both warpgroups to read; both have read what was there."""
-        self.published().at[*self.place()][...] = state.astype(self._ref.dtype)
+        dtype = self._ref.dtype
+        half = self.published().at[*self.place()]
+        mosaic.store(half, state.astype(dtype), self.swizzle(*self._shape, dtype))
         if sums is not None:
             self.write_sums(sums, self._sums)
         plgpu.commit_smem()

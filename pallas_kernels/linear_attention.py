@@ -215,6 +215,8 @@ def linear_scan(
                 else:
                     scores = products.product(q, k)
                 scores = scores * weights.within(first_row, (ROWS, CHUNK))
+                if offset and not roomy:  # Or what follows begins before they are made.
+                    scores = lax.optimization_barrier(scores)
                 p = mosaic.rounded(scores, dtype)
                 # Beside an offset they nearly cancel, so what rounding took counts.
                 parts = [p]
@@ -245,7 +247,8 @@ def linear_scan(
                 if divides:
                     out = out * mosaic.along(inverse(total), 0, out.shape)
                     rows = pl.ds(chunk * CHUNK + first_row, ROWS)
-                    total_g.at[b, h, rows][...] = total
+                    here = mosaic.again(b), mosaic.again(h)
+                    total_g.at[*here, rows][...] = total
                 return out
 
             def write(out, chunk, slot):
@@ -257,10 +260,11 @@ def linear_scan(
                 if not alone:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 rounded = mosaic.rounded(out, dtype)
-                staged[...] = rounded
+                mosaic.store(staged, rounded, swizzle)
                 plgpu.commit_smem()
                 rows = pl.ds(chunk * CHUNK + first_row, ROWS)
-                place = (b, rows, h, pl.ds(first_column, columns))
+                columns_g = pl.ds(first_column, columns)
+                place = mosaic.again(b), rows, mosaic.again(h), columns_g
                 if keep_rest:
                     left = out - rounded.astype(jnp.float32)
                     rest_g.at[*place][...] = left.astype(dtype)

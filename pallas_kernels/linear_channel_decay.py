@@ -274,7 +274,7 @@ class Decays:
     @staticmethod
     def scratch(tiled, size) -> list:
         """What it is made of, by a function of a shape."""
-        return [tiled((2, CHUNK, size)), tiled((8, CHUNK)), plgpu.Barrier()]
+        return [tiled((2, CHUNK, size)), tiled((1, 8, CHUNK)), plgpu.Barrier()]
 
     @staticmethod
     def ones(dtype) -> np.ndarray:
@@ -283,7 +283,7 @@ class Decays:
 
     def fetch(self, ones):
         """To be called by the copying warp, before all else."""
-        plgpu.copy_gmem_to_smem(ones, self._ones, self._here)
+        plgpu.copy_gmem_to_smem(ones, self._ones.at[0], self._here)
 
     def wait(self):
         """To be called by the others."""
@@ -291,7 +291,9 @@ class Decays:
 
     def take(self, log_decay, channels):
         """Those of these channels, of natural logarithms in shared memory."""
-        x = jnp.maximum(load(log_decay) * LOG2E, LEAST)
+        swizzle = mosaic.swizzle_of(channels.size, log_decay.dtype)
+        x = mosaic.load_anew(log_decay, swizzle).astype(jnp.float32)
+        x = jnp.maximum(x * LOG2E, LEAST)
         for part, half in zip(
             self._parts, in_two(x, self._parts[0].dtype), strict=True
         ):
@@ -311,7 +313,7 @@ class Decays:
         channels = pl.ds(first, channels.size)
         # A product sums faster than registers do; its columns are the same.
         parts = (mosaic.transposed(part.at[:, channels]) for part in self._parts)
-        ones = mosaic.transposed(self._ones)
+        ones = mosaic.transposed(self._ones.at[mosaic.again(jnp.int32(0))])
         return jnp.exp2(
             products.sum_of_products(*((x, ones) for x in parts)).max(axis=1)
         )

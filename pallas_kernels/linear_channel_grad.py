@@ -78,6 +78,7 @@ def linear_channel_grad(
     columns, parts = value_size // 2, size // 2 // _PART
     tiles = [pl.ds(row, ROWS) for row in range(0, size, ROWS)]
     stages = 1  # All that shared memory holds.
+    swizzle = mosaic.swizzle_of(_PART, dtype)  # A part is a whole tile.
     inputs = {"query": query, "key": key, "value": value}
     inputs |= {"d_out": d_out, "states": states}
 
@@ -130,7 +131,7 @@ def linear_channel_grad(
                 q, k = (mosaic.load(x.at[:, part], TILE) for x in here("query", "key"))
                 x = jnp.where(right, q, k).astype(jnp.float32) * decay
                 x = (x * jnp.where(right, scale, 1.0)).astype(dtype)
-                x_s[...] = x
+                mosaic.store(x_s, x, swizzle)
                 plgpu.commit_smem()
                 p = p + pair.products(x, x_s)
                 near = pair.between(mosaic.load(scores_s.at[me], TILE))
@@ -206,7 +207,8 @@ def linear_channel_grad(
                 write(1, d_key + seen * decay, d_key_g, k.astype(jnp.float32) * seen)
                 i, j = tokens()
                 d_decay = added(d_decay, j < i)
-                d_decay_g.at[b, rows, h, part][...] = d_decay.astype(log_decay.dtype)
+                place = d_decay_g.at[mosaic.again(b), rows, mosaic.again(h), part]
+                mosaic.store(place, d_decay.astype(log_decay.dtype))
                 return p
 
             def meet_across(d_state):
@@ -253,9 +255,8 @@ def linear_channel_grad(
                 q_s, k_s, v_s, do_s = here("query", "key", "value", "d_out")
                 d_value = mosaic.full((CHUNK, columns), 0.0, TILE)
                 for one in range(2):
-                    d_value = products.accumulated(
-                        d_value, scores_s.at[one], do_s.at[:, own]
-                    )
+                    p_s = scores_s.at[mosaic.again(jnp.int32(one))]
+                    d_value = products.accumulated(d_value, p_s, do_s.at[:, own])
                 d_value = products.accumulated(d_value, k_s, d_state_s.at[:, own])
                 plgpu.barrier_arrive(frees["key"].at[0])
                 # The values have been read: their place takes their gradients.
@@ -324,8 +325,6 @@ def linear_channel_grad(
         pl.when(wg < 2)(consume)
         pl.when(wg == 2)(produce)
 
-    # A part is a whole tile.
-    swizzle = mosaic.swizzle_of(_PART, dtype)
     tiled = functools.partial(mosaic.tiled, dtype=dtype, swizzle=swizzle)
     shapes = {name: (CHUNK, x.shape[-1]) for name, x in inputs.items()}
     shapes["states"] = size, value_size

@@ -210,22 +210,41 @@ def again(x):
     return lax.optimization_barrier(x)
 
 
-def store(ref, x, swizzle: int):
+def store(ref, x, swizzle: int | None = None):
     """`ref[...] = x`, a tile to shared memory made by `tiled` with that swizzle.
 
-    Addresses are made here: those of swizzled columns are the same whenever a loop
-    comes by, so that LLVM would make them before it and keep them in registers.
+    Without a swizzle to memory that is not tiled. Addresses are made here: those of a
+    tile are the same whenever a loop comes by, so that LLVM would make them before it
+    and keep them in registers.
     """
     if interpreted():
         ref[...] = x
         return
+    kind = plgpu.RefType() if swizzle is None else _tiled_type(swizzle, x.dtype)
 
-    @plgpu.inline_mgpu(arg_types=(_tiled_type(swizzle, x.dtype), TILE))
+    @plgpu.inline_mgpu(arg_types=(kind, TILE))
     def run(_, ref, x):
         with _threads_counted_here():
-            x.store_tiled(ref, swizzle)
+            if swizzle is None:
+                x.store_untiled(ref, optimized=False)
+            else:
+                x.store_tiled(ref, swizzle)
 
     run(ref, x)
+
+
+def load_anew(ref, swizzle: int):
+    """A tile from shared memory made by `tiled` with that swizzle, as `store`."""
+    if interpreted():
+        return ref[...]
+    result = plgpu.ShapeDtypeStruct(ref.shape, ref.dtype, layout=TILE)
+
+    @plgpu.inline_mgpu(arg_types=(_tiled_type(swizzle, ref.dtype),), return_type=result)
+    def run(_, ref):
+        with _threads_counted_here():
+            return mgpu.FragmentedArray.load_tiled(ref, swizzle, optimized=False)
+
+    return run(ref)
 
 
 def thread_here():

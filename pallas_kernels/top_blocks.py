@@ -79,10 +79,10 @@ def top_blocks(
 
                 def multiply(acc):
                     for slot in slots:
-                        plgpu.barrier_wait(full.at[slot])
-                    for slot in slots:
                         products.add_product(acc, q, mosaic.transposed(p_s.at[slot]))
 
+                for slot in slots:
+                    plgpu.barrier_wait(full.at[slot])
                 refs = () if acc_s is None else (acc_s.at[wg],)
                 [product] = products.accumulators(multiply, refs, (shape,))
                 for slot in slots:
