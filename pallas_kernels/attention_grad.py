@@ -145,7 +145,9 @@ def attention_grad(
                 mosaic.store(ds_now.at[own], ds, swizzle)
                 mosaic.meet(PAIR, pair)
                 if by_rows:
-                    queries, part, held = own, 0, pl.ds(0, head_size)
+                    # With sums so far there are more addresses to keep: one is anew.
+                    first = 0 if so_far is None else mosaic.again(jnp.int32(0))
+                    queries, part, held = own, 0, pl.ds(first, head_size)
                 else:
                     queries, part = pl.ds(0, ROWS), me
                     held = pl.ds(me * columns_held, columns_held)
