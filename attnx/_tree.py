@@ -27,23 +27,14 @@ def tree_class(*, meta: tuple[str, ...] = ()) -> Callable[[Class], Class]:
         keys = [jax.tree_util.GetAttrKey(name) for name in data]
 
         def flatten(tree):
-            children = [getattr(tree, name) for name in data]
+            children = [(key, getattr(tree, key.name)) for key in keys]
             return children, tuple(getattr(tree, name) for name in meta)
 
-        def flatten_with_keys(tree):
-            children, static = flatten(tree)
-            return list(zip(keys, children, strict=True)), static
-
         def unflatten(static, children):
-            # Children may be anything while a tree is mapped: nothing is checked.
-            tree = object.__new__(cls)
-            for name, value in zip((*meta, *data), (*static, *children), strict=True):
-                object.__setattr__(tree, name, value)
-            return tree
+            fields = zip((*meta, *data), (*static, *children), strict=True)
+            return cls(**dict(fields))
 
-        jax.tree_util.register_pytree_with_keys(
-            cls, flatten_with_keys, unflatten, flatten
-        )
+        jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
         return cls
 
     return decorate
