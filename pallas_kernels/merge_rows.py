@@ -136,17 +136,22 @@ def _walk(name, steps, x, lse, parts, rest):
                 _look_up(given_g[2].at[b, h], own, -jnp.inf),
             )
 
-        def step(j, state):
+        def place_of(j):
             number = first + j
             number = jnp.where(number < stop, number, place_g.shape[2])
-            where = _look_up(place_g.at[b, h], number, places)
+            return _look_up(place_g.at[b, h], number, places)
+
+        def step(j, carry):
+            here, state = carry
             weigh = None
             if lse is not None:
-                weigh = _look_up(given_g[0].at[b, h], where, -jnp.inf)
-            part = _gather(x_g.at[b, :, h], where).astype(jnp.float32)
-            return add(state, part, weigh)
+                weigh = _look_up(given_g[0].at[b, h], here, -jnp.inf)
+            part = _gather(x_g.at[b, :, h], here).astype(jnp.float32)
+            # The next place comes while this part does.
+            return place_of(j + 1), add(state, part, weigh)
 
-        state = lax.fori_loop(0, most_g[b, h, i], step, begin(start))
+        carry = place_of(0), begin(start)
+        _, state = lax.fori_loop(0, most_g[b, h, i], step, carry)
         total, *logs = end(state)
         _put(outs_g[0].at[b, rows, h], total.astype(x.dtype))
         for ref, log in zip(outs_g[1:], logs, strict=True):

@@ -61,6 +61,24 @@ def test_runs_are_those_of_sorted_pairs(shares, share):
             np.testing.assert_array_equal(*of_row)
 
 
+@given(
+    shares=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    count=st.integers(1, 20_000),
+    even=st.sampled_from([1, 264]),
+)
+def test_runs_are_cut_about_where_their_shares_end(shares, count, even):
+    bounds = tiles.bounds_of(shares, count, even)
+    assert bounds[0] == 0 and bounds[-1] == count and bounds == sorted(set(bounds))
+    ends = [count * sum(shares[: i + 1]) // sum(shares) for i in range(len(shares))]
+    if count * min(shares) >= 8 * even * sum(shares):
+        assert len(bounds) == len(shares) + 1
+        assert all(bound % even == 0 for bound in bounds[:-1])
+        apart = np.subtract(ends, bounds[1:])
+        assert (0 <= apart).all() and (apart < even).all()
+    else:  # Short ones may be empty.
+        assert set(bounds) == {0, *ends}
+
+
 @pytest.mark.parametrize("count", [12, pytest.param(130, marks=SLOW)])
 def test_the_kernel_scores_the_heads_whose_turn_it_is(count):
     query, means = normal(0, (2, 128, 4, 32), (2, count, 2, 32))

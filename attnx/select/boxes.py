@@ -21,7 +21,7 @@ from attnx.select.turns import Turn
 
 # Scores of one step of the choice, if one head has no more: in fewer steps there are
 # fewer small kernels. Memory holds scores that are scaled or summed several times.
-_SCORES, _SCALED = 1 << 26, 1 << 24
+_SCORES, _SCALED = 1 << 26, 1 << 25
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,11 @@ import jax.numpy as jnp
 from attnx._tree import tree_class
 from attnx.select.bits import counts, ranks, ranks_in_columns, running_sum, unpack
 from attnx.select.tiles import Run, bounds_of, of_blocks
+from pallas_kernels.turns import PROCESSORS
+
+# Tiles that attend to long blocks are served by one or two blocks of threads a
+# multiprocessor; what a run has beyond equal parts would take as long as one for each.
+_EVEN = 2 * PROCESSORS
 
 
 @tree_class(meta=("count", "slots", "tile"))
@@ -47,7 +52,7 @@ class Marks:
         marked = unpack(self.words, self.count)
         # Each block leaves at most one tile unfilled.
         most = max(1, (self.slots + self.count * (self.tile - 1)) // self.tile)
-        bounds = bounds_of(shares, most)
+        bounds = bounds_of(shares, most, _EVEN)
         place, sizes = ranks_in_columns(marked)
         tiles = -(-sizes // self.tile)
         stops = jnp.cumsum(tiles, -1)

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 
 from attnx.select.bits import counts, first_marks, pack, running_sum
 
-# Bits found in one pass over the numbers, by as many questions as they have values.
-_DIGIT = 3
+# Bits found in one pass over the numbers, by as many questions as they have values:
+# where numbers are counted, and where they are summed as well.
+_COUNTED, _SUMMED = 3, 2
 # Parts in which numbers are summed up, at most.
 _PARTS = 1024
 
@@ -19,9 +20,10 @@ def best_of(ranked, count):
     count = jnp.asarray(count)
 
     def holds(values):
-        return _sums(lambda value: _reach(ranked, value), values) >= count
+        [found] = _sums([_reach(ranked, value) for value in values])
+        return found >= count
 
-    return _first_of(ranked, _largest(holds, ranked), count)
+    return _first_of(ranked, _largest(holds, ranked, _COUNTED), count)
 
 
 @jax.jit
@@ -31,20 +33,25 @@ def heaviest(ranked, wanted, *, least, most):
     At least `least` and at most `most` of them. No number is negative but -inf, which,
     like inf, adds nothing to the sum.
     """
-    weights = jnp.where(jnp.isfinite(ranked), ranked, 0)
+
+    def weights_of(ranked):
+        return jnp.where(jnp.isfinite(ranked), ranked, 0)
 
     def holds(values):
-        count = _sums(lambda value: _reach(ranked, value), values)
-        total = _sums(
-            lambda value: jnp.where(_reach(ranked, value), weights, 0), values
+        # Weights are made in each pass: to make them is faster than to read them.
+        now, values = jax.lax.optimization_barrier((ranked, values))
+        weights = weights_of(now)
+        count, total = _sums(
+            [_reach(now, value) for value in values],
+            [jnp.where(_reach(weights, value), weights, 0) for value in values],
         )
         return (count >= most) | (total >= wanted) & (count >= least)
 
-    last = _largest(holds, ranked)
+    last = _largest(holds, ranked, _SUMMED)
     above, equal = _beside(ranked, last)
     # Of equals as many as the sum needs: all, if they are 0 or nothing is enough.
     ties = equal.sum((-2, -1), dtype=jnp.int32)
-    rest = wanted - jnp.where(above, weights, 0).sum((-2, -1))
+    rest = wanted - jnp.where(above, weights_of(ranked), 0).sum((-2, -1))
     weighs = jnp.isfinite(last) & (last > 0)
     few = jnp.ceil(rest / jnp.where(weighs, last, 1))
     few = jnp.minimum(few, 2.0**30).astype(jnp.int32)
@@ -71,23 +78,23 @@ def _beside(ranked, last):
     return ranked > last, ranked == last
 
 
-def _sums(of, values):
-    """The sum of `of(value)`, `[..., T, n]`, for each of some values.
+def _sums(*terms):
+    """The sums of lists of `[..., T, n]`, `[m, ...]` for a list of m.
 
-    All are summed in one pass, part by part, and the parts of all in another.
+    All are summed in one pass, part by part, and the parts of a list in another.
     """
+    rows = terms[0][0].shape[-2]
+    count = max(n for n in range(1, min(rows, _PARTS) + 1) if rows % n == 0)
 
     def parts(x):
-        rows = x.shape[-2]
-        count = max(n for n in range(1, min(rows, _PARTS) + 1) if rows % n == 0)
         dtype = jnp.int32 if x.dtype == bool else x.dtype
         return x.reshape(*x.shape[:-2], count, -1).sum(-1, dtype=dtype)
 
-    return jnp.stack([parts(of(value)) for value in values]).sum(-1)
+    return [jnp.stack([parts(x) for x in each]).sum(-1) for each in terms]
 
 
-def _largest(holds, like):
-    """The largest float of which `holds`, or -inf, a digit of a few bits at a time.
+def _largest(holds, like, digit):
+    """The largest float of which `holds`, or -inf, a digit of so many bits at a time.
 
     It holds of all smaller ones too. The floats are `[...]`, one for each `[T, n]` of
     `like`; `holds` is asked about several, `[m, ...]`.
@@ -103,13 +110,13 @@ def _largest(holds, like):
 
     def step(i, order):
         # The last digit may begin with bits that are known: what holds stays the same.
-        shift = jnp.maximum(bits - _DIGIT * (1 + i), 0).astype(dtype)
-        digits = jnp.arange(1, 1 << _DIGIT, dtype=dtype)
+        shift = jnp.maximum(bits - digit * (1 + i), 0).astype(dtype)
+        digits = jnp.arange(1, 1 << digit, dtype=dtype)
         more = order | (digits << shift).reshape(-1, *[1] * order.ndim)
         values = float_of(more)
         held = holds(values) & ~jnp.isnan(values)
         return jnp.where(held, more, order).max(0)
 
     order = jnp.zeros(like.shape[:-2], dtype)
-    last = float_of(jax.lax.fori_loop(0, -(-bits // _DIGIT), step, order))
+    last = float_of(jax.lax.fori_loop(0, -(-bits // digit), step, order))
     return jnp.where(jnp.isnan(last), -jnp.inf, last)

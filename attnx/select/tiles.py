@@ -11,6 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# How often a run is longer than what it may be shortened by.
+_LONG = 8
+
 
 class Run(NamedTuple):
     """Neighbouring tiles, and the parts of each row in them.
@@ -111,10 +114,16 @@ def plan_tiles(rows, blocks, *, count, tile):
     return Tiles(rows, *_by_batch(plan, blocks))
 
 
-def bounds_of(shares, count):
-    """Where runs begin and end that are such shares of so many tiles."""
+def bounds_of(shares, count, even=1):
+    """Where runs begin and end that are about such shares of so many tiles.
+
+    Long ones, but for the last, are multiples of `even`.
+    """
     total = sum(shares)
-    return sorted({count * x // total for x in (0, *itertools.accumulate(shares))})
+    bounds = (count * x // total for x in itertools.accumulate(shares[:-1]))
+    if count * min(shares) >= _LONG * even * total:
+        bounds = (bound - bound % even for bound in bounds)
+    return sorted({0, *bounds, count})
 
 
 def of_blocks(stops, most):
