@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import functools
 import pathlib
+import re
 import statistics
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -155,6 +156,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=65536)
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--case", default="", help="regular expression")
     parser.add_argument("--output", type=pathlib.Path)
     parser.add_argument("--commit", default="", help="by default git is asked")
     args = parser.parse_args()
@@ -162,6 +164,8 @@ def main() -> None:
     mesh = jax.make_mesh((jax.device_count(),), ("context",), kinds)
     rows = []
     for case in cases(args.length, args.heads, args.size):
+        if not re.search(args.case, case.name):
+            continue
         for row in measure(case, mesh):
             rows.append(row)
             print(

@@ -7,6 +7,8 @@ import re
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from benchmarks import gpu_cases
+
 MODES = ("forward", "forward+backward")
 # Candidates from the top bar down: label and color. Copies are left out.
 STYLES = {
@@ -30,7 +32,9 @@ def bars(rows: list[dict], device: str) -> Figure | None:
         for row in rows
         if row["candidate"] in STYLES and not re.match(LENGTH, row["case"])
     ]
-    cases = list(dict.fromkeys(row["case"] for row in rows))
+    # Rows stand in the order in which they were timed.
+    found = {row["case"] for row in rows}
+    cases = [case.name for case in gpu_cases.cases() if case.name in found]
     if not cases:
         return None
     figure, axes = plt.subplots(
