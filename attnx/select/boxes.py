@@ -103,6 +103,7 @@ class Boxes:
         box = where // np.reshape(self.block_size, (-1, 1))
         return np.ravel_multi_index(tuple(box), tuple(n for n, _ in self._cut()))
 
+    @functools.partial(jax.jit, static_argnums=0)
     def _means(self, x):
         """The mean of each box of `[B, T, K, H]`, float32 or better `[B, n, K, H]`."""
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -75,8 +75,7 @@ class Rows:
             return _known(self, out, lse, rest)
         if self._kernels is not None:
             return self._kernels.merge(out, lse, self._pairs, rest)
-        merge = functools.partial(_merged, self)
-        return jax.vmap(jax.vmap(merge, (1, 1, 0, 1), 1))(out, lse, self._pairs, rest)
+        return _merged(self, out, lse, rest)
 
     def known_parts(self) -> tuple[jax.Array, jax.Array] | None:
         """What is known, of the row in each place; 0 and -inf where there is none."""
@@ -142,7 +141,13 @@ def _taken_backward(rows, grads):
 _taken.defvjp(_taken_forward, _taken_backward)
 
 
-def _merged(rows, out, lse, pairs, rest):
+@jax.jit
+def _merged(rows, out, lse, rest):
+    merge = functools.partial(_merged_of_head, rows)
+    return jax.vmap(jax.vmap(merge, (1, 1, 0, 1), 1))(out, lse, rows._pairs, rest)
+
+
+def _merged_of_head(rows, out, lse, pairs, rest):
     def merge(state, places):
         peak, total, merged = state
         each = jnp.take(lse, places, mode="fill", fill_value=-jnp.inf)

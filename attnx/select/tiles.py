@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -85,27 +85,36 @@ class Tiles(NamedTuple):
 
     def runs(
         self, shares: Sequence[int], *, num_rows: int, per_row: int | None
-    ) -> Iterator[Run]:
+    ) -> list[Run]:
         """Runs that are such shares of all tiles, of so many rows and pairs of each."""
-        count = self.block.shape[2]
-        tile = self.pair.shape[2] // count
-        index, place = self.owners(num_rows, per_row), self.places()
-        bounds = bounds_of(shares, count)
-        pairs = None
-        if per_row is None:
-            stops = np.array(bounds[1:], np.int32) * tile
-            find = functools.partial(_pairs_of_rows, stops=stops, num_rows=num_rows)
-            pairs = _by_batch(find, self.owner, place)
-        for i, (first, stop) in enumerate(itertools.pairwise(bounds)):
-            size = (stop - first) * tile
-            inside = place - first * tile
-            yield Run(
-                index[:, :, first * tile : stop * tile],
-                jnp.where((inside >= 0) & (inside < size), inside, size),
-                *(None, None) if pairs is None else (x[:, i] for x in pairs),
-                self.block[:, :, first:stop],
-                self.used[:, :, first:stop],
-            )
+        return _runs(self, tuple(shares), num_rows, per_row)
+
+
+# One program each: called as they are, of some hundred small ones.
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _runs(tiles, shares, num_rows, per_row):
+    count = tiles.block.shape[2]
+    tile = tiles.pair.shape[2] // count
+    index, place = tiles.owners(num_rows, per_row), tiles.places()
+    bounds = bounds_of(shares, count)
+    pairs = None
+    if per_row is None:
+        stops = np.array(bounds[1:], np.int32) * tile
+        find = functools.partial(_pairs_of_rows, stops=stops, num_rows=num_rows)
+        pairs = _by_batch(find, tiles.owner, place)
+    runs = []
+    for i, (first, stop) in enumerate(itertools.pairwise(bounds)):
+        size = (stop - first) * tile
+        inside = place - first * tile
+        run = Run(
+            index[:, :, first * tile : stop * tile],
+            jnp.where((inside >= 0) & (inside < size), inside, size),
+            *(None, None) if pairs is None else (x[:, i] for x in pairs),
+            tiles.block[:, :, first:stop],
+            tiles.used[:, :, first:stop],
+        )
+        runs.append(run)
+    return runs
 
 
 def plan_tiles(rows, blocks, *, count, tile):
@@ -144,6 +153,7 @@ def _by_batch(fn, *arrays):
     return jax.vmap(fn)(*arrays)
 
 
+@functools.partial(jax.jit, static_argnames=("count", "tile"))
 def _plan(blocks, *, count, tile):
     """`Tiles` of `[N, P]`, all lists as one.
 

@@ -89,6 +89,7 @@ def top_k_pooled_blocks(
     return choice_of(index, kept, (batch, heads, length, count))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _by_scores(k, query, pooled, first, stop):
     """Index and whether it counts, `[B, N, T, k]`."""
     block = jnp.arange(pooled.shape[1])
