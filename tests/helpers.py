@@ -59,8 +59,7 @@ def assert_matches(fn, oracle, arrays, *, output_error=None, gradient_error=None
     outputs, gradients = jax.jit(lambda *a: _with_gradients(fn, a))(*arrays)
     with jax.enable_x64(True):
         wide = [jnp.asarray(np.asarray(x, np.float64)) for x in arrays]
-        # Not jitted: its operations are compiled once for all tests of these shapes.
-        wanted, wanted_gradients = _with_gradients(oracle, wide)
+        wanted, wanted_gradients = jax.jit(lambda *a: _with_gradients(oracle, a))(*wide)
     for i, (got, want) in enumerate(zip(outputs, wanted, strict=True)):
         error = relative_rms(got, want)
         assert error <= output_error, f"output {i}: {error:.2e} > {output_error:.0e}"
