@@ -38,7 +38,8 @@ def heaviest(ranked, wanted, *, least, most):
         return jnp.where(jnp.isfinite(ranked), ranked, 0)
 
     def holds(values):
-        # Weights are made in each pass: to make them is faster than to read them.
+        # To make weights in each pass is faster than to read them, and to compare anew
+        # for each sum than to keep what counts and sums would share.
         now, values = jax.lax.optimization_barrier((ranked, values))
         weights = weights_of(now)
         count, total = _sums(
