@@ -16,9 +16,9 @@ endif
 demo: .venv/.run$(cuda)
 	$(python) -m models demo
 
-# Tests of a file share what they compile, so they stay in one process.
+# Neighbouring tests share what they compile, so they stay in one process.
 test: .venv/.run,test$(cuda)
-	$(python) -m pytest -n 2 --dist loadfile
+	$(python) -m pytest -n 2 --dist worksteal
 
 lint: .venv/.run,lint
 	.venv/bin/ruff check .

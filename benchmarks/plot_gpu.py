@@ -33,19 +33,20 @@ def bars(rows: list[dict], device: str) -> Figure | None:
         if row["candidate"] in STYLES and not re.match(LENGTH, row["case"])
     ]
     # Rows stand in the order in which they were timed.
+    order = [case.name for case in gpu_cases.cases()]
     found = {row["case"] for row in rows}
-    cases = [case.name for case in gpu_cases.cases() if case.name in found]
+    cases = sorted(found, key=lambda x: order.index(x) if x in order else len(order))
     if not cases:
         return None
     figure, axes = plt.subplots(
         1, 2, figsize=(11, 1.5 + 0.4 * len(cases)), sharey=True, layout="constrained"
     )
-    order = list(STYLES)
+    candidates = list(STYLES)
     for ax, mode in zip(axes, MODES, strict=True):
         labels = dict(STYLES)
         for place, case in enumerate(cases):
             shown = [r for r in rows if (r["case"], r["mode"]) == (case, mode)]
-            shown.sort(key=lambda row: order.index(row["candidate"]))
+            shown.sort(key=lambda row: candidates.index(row["candidate"]))
             for i, row in enumerate(shown):
                 name = row["candidate"]
                 label, _ = labels.pop(name, (None, None))
