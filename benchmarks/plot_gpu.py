@@ -34,7 +34,7 @@ def bars(rows: list[dict], device: str) -> Figure | None:
     ]
     # Rows stand in the order in which they were timed.
     order = [case.name for case in gpu_cases.cases()]
-    found = {row["case"] for row in rows}
+    found = dict.fromkeys(row["case"] for row in rows)
     cases = sorted(found, key=lambda x: order.index(x) if x in order else len(order))
     if not cases:
         return None
