@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -40,6 +41,7 @@ class Choice:
     grid: tuple[int, int, int]
     per_row: int | None = None
 
+    @jax.jit
     def to_tiles(self) -> jax.Array:
         """The map of what is chosen, bool `[B, N, T, n]`."""
         batch, lists, _ = self.rows.shape
@@ -307,6 +309,7 @@ def _slots(shape, per_row, scope):
     return rows * min(per_row, blocks)
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def choice_of(index, kept, shape):
     """Ranked indices `[B, N or 1, (T,) slots]` of a scope, and which of them count."""
     batch, heads, rows, blocks = shape
@@ -325,6 +328,7 @@ def choice_of(index, kept, shape):
     )
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def listed(marks, count, per_row, scope):
     """The choice of what is marked, `[B, N, T, W]` of n blocks, so many slots a row."""
     shape = (*marks.shape[:3], count)

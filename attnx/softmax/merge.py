@@ -47,7 +47,11 @@ def merge_attention(
         expect_float("outputs", out)
         expect_shape("outputs", out, outputs[0].shape)
         expect_shape("lses", lse, outputs[0].shape[:-1])
+    return _merged(outputs, lses)
 
+
+@jax.jit
+def _merged(outputs, lses):
     dtype = jnp.promote_types(outputs[0].dtype, jnp.float32)
     lse = jnp.stack(lses).astype(dtype)
     peak = jax.lax.stop_gradient(lse.max(0))
