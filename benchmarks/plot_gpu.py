@@ -33,9 +33,9 @@ def bars(rows: list[dict], device: str) -> Figure | None:
         if row["candidate"] in STYLES and not re.match(LENGTH, row["case"])
     ]
     # Rows stand in the order in which they were timed.
-    order = [case.name for case in gpu_cases.cases()]
+    order = {case.name: i for i, case in enumerate(gpu_cases.cases())}
     found = dict.fromkeys(row["case"] for row in rows)
-    cases = sorted(found, key=lambda x: order.index(x) if x in order else len(order))
+    cases = sorted(found, key=lambda name: order.get(name, len(order)))
     if not cases:
         return None
     figure, axes = plt.subplots(

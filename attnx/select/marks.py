@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -43,53 +42,49 @@ class Marks:
     def heads(self) -> int:
         return self.words.shape[1]
 
+    # Outside of jit one program, and not some hundred small ones.
+    @functools.partial(jax.jit, static_argnames=("shares", "num_rows", "per_row"))
     def runs(
-        self, shares: Sequence[int], *, num_rows: int, per_row: None = None
+        self, shares: tuple[int, ...], *, num_rows: int, per_row: None = None
     ) -> list[Run]:
         """As `Tiles.runs`. All runs have one list of places, each row its part of it.
 
         A place is that in its own run.
         """
-        return _runs(self, tuple(shares), num_rows)
+        marked = unpack(self.words, self.count)
+        # Each block leaves at most one tile unfilled.
+        most = max(1, (self.slots + self.count * (self.tile - 1)) // self.tile)
+        bounds = bounds_of(shares, most, _EVEN)
+        place, sizes = ranks_in_columns(marked)
+        tiles = -(-sizes // self.tile)
+        stops = jnp.cumsum(tiles, -1)
+        place += ((stops - tiles) * self.tile)[..., None, :]
+        block, used = of_blocks(stops, most)
 
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _runs(marks, shares, num_rows):
-    """One program: called as it is, of some hundred small ones."""
-    marked = unpack(marks.words, marks.count)
-    # Each block leaves at most one tile unfilled.
-    most = max(1, (marks.slots + marks.count * (marks.tile - 1)) // marks.tile)
-    bounds = bounds_of(shares, most, _EVEN)
-    place, sizes = ranks_in_columns(marked)
-    tiles = -(-sizes // marks.tile)
-    stops = jnp.cumsum(tiles, -1)
-    place += ((stops - tiles) * marks.tile)[..., None, :]
-    block, used = of_blocks(stops, most)
-
-    row = jnp.arange(num_rows, dtype=jnp.int32)[:, None]
-    index = _written(marked, place, row, most * marks.tile, num_rows)
-    inside = place
-    for start, stop in itertools.pairwise(bounds[:-1]):
-        step = (stop - start) * marks.tile
-        inside = inside - jnp.where(place >= stop * marks.tile, step, 0)
-    each = counts(marks.words)
-    first = running_sum(each) - each
-    number = first[..., None] + ranks(marks.words, marks.count)
-    inside = _written(marked, number, inside, marks.slots, 0)
-    runs, begin = [], first
-    for start, stop in itertools.pairwise(bounds):
-        end = first + (marked & (place < stop * marks.tile)).sum(-1)
-        run = Run(
-            index[:, :, start * marks.tile : stop * marks.tile],
-            inside,
-            begin,
-            end,
-            block[:, :, start:stop],
-            used[:, :, start:stop],
-        )
-        runs.append(run)
-        begin = end
-    return runs
+        row = jnp.arange(num_rows, dtype=jnp.int32)[:, None]
+        index = _written(marked, place, row, most * self.tile, num_rows)
+        inside = place
+        for start, stop in itertools.pairwise(bounds[:-1]):
+            step = (stop - start) * self.tile
+            inside = inside - jnp.where(place >= stop * self.tile, step, 0)
+        each = counts(self.words)
+        first = running_sum(each) - each
+        number = first[..., None] + ranks(self.words, self.count)
+        inside = _written(marked, number, inside, self.slots, 0)
+        runs, begin = [], first
+        for start, stop in itertools.pairwise(bounds):
+            end = first + (marked & (place < stop * self.tile)).sum(-1)
+            run = Run(
+                index[:, :, start * self.tile : stop * self.tile],
+                inside,
+                begin,
+                end,
+                block[:, :, start:stop],
+                used[:, :, start:stop],
+            )
+            runs.append(run)
+            begin = end
+        return runs
 
 
 def _written(marked, at, value, size, fill):

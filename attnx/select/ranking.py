@@ -34,14 +34,11 @@ def heaviest(ranked, wanted, *, least, most):
     like inf, adds nothing to the sum.
     """
 
-    def weights_of(ranked):
-        return jnp.where(jnp.isfinite(ranked), ranked, 0)
-
     def holds(values):
         # To make weights in each pass is faster than to read them, and to compare anew
         # for each sum than to keep what counts and sums would share.
         now, values = jax.lax.optimization_barrier((ranked, values))
-        weights = weights_of(now)
+        weights = _weights(now)
         count, total = _sums(
             [_reach(now, value) for value in values],
             [jnp.where(_reach(weights, value), weights, 0) for value in values],
@@ -52,7 +49,7 @@ def heaviest(ranked, wanted, *, least, most):
     above, equal = _beside(ranked, last)
     # Of equals as many as the sum needs: all, if they are 0 or nothing is enough.
     ties = equal.sum((-2, -1), dtype=jnp.int32)
-    rest = wanted - jnp.where(above, weights_of(ranked), 0).sum((-2, -1))
+    rest = wanted - jnp.where(above, _weights(ranked), 0).sum((-2, -1))
     weighs = jnp.isfinite(last) & (last > 0)
     few = jnp.ceil(rest / jnp.where(weighs, last, 1))
     few = jnp.minimum(few, 2.0**30).astype(jnp.int32)
@@ -68,6 +65,10 @@ def _first_of(ranked, last, count):
     ties = counts(equal)
     left = left[..., None] - (running_sum(ties) - ties)
     return above | first_marks(equal, left, ranked.shape[-1])
+
+
+def _weights(ranked):
+    return jnp.where(jnp.isfinite(ranked), ranked, 0)
 
 
 def _reach(ranked, value):

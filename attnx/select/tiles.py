@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -83,38 +82,34 @@ class Tiles(NamedTuple):
     def heads(self) -> int:
         return self.block.shape[1]
 
+    # Outside of jit one program, and not some hundred small ones.
+    @functools.partial(jax.jit, static_argnames=("shares", "num_rows", "per_row"))
     def runs(
-        self, shares: Sequence[int], *, num_rows: int, per_row: int | None
+        self, shares: tuple[int, ...], *, num_rows: int, per_row: int | None
     ) -> list[Run]:
         """Runs that are such shares of all tiles, of so many rows and pairs of each."""
-        return _runs(self, tuple(shares), num_rows, per_row)
-
-
-# One program each: called as they are, of some hundred small ones.
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _runs(tiles, shares, num_rows, per_row):
-    count = tiles.block.shape[2]
-    tile = tiles.pair.shape[2] // count
-    index, place = tiles.owners(num_rows, per_row), tiles.places()
-    bounds = bounds_of(shares, count)
-    pairs = None
-    if per_row is None:
-        stops = np.array(bounds[1:], np.int32) * tile
-        find = functools.partial(_pairs_of_rows, stops=stops, num_rows=num_rows)
-        pairs = _by_batch(find, tiles.owner, place)
-    runs = []
-    for i, (first, stop) in enumerate(itertools.pairwise(bounds)):
-        size = (stop - first) * tile
-        inside = place - first * tile
-        run = Run(
-            index[:, :, first * tile : stop * tile],
-            jnp.where((inside >= 0) & (inside < size), inside, size),
-            *(None, None) if pairs is None else (x[:, i] for x in pairs),
-            tiles.block[:, :, first:stop],
-            tiles.used[:, :, first:stop],
-        )
-        runs.append(run)
-    return runs
+        count = self.block.shape[2]
+        tile = self.pair.shape[2] // count
+        index, place = self.owners(num_rows, per_row), self.places()
+        bounds = bounds_of(shares, count)
+        pairs = None
+        if per_row is None:
+            stops = np.array(bounds[1:], np.int32) * tile
+            find = functools.partial(_pairs_of_rows, stops=stops, num_rows=num_rows)
+            pairs = _by_batch(find, self.owner, place)
+        runs = []
+        for i, (first, stop) in enumerate(itertools.pairwise(bounds)):
+            size = (stop - first) * tile
+            inside = place - first * tile
+            run = Run(
+                index[:, :, first * tile : stop * tile],
+                jnp.where((inside >= 0) & (inside < size), inside, size),
+                *(None, None) if pairs is None else (x[:, i] for x in pairs),
+                self.block[:, :, first:stop],
+                self.used[:, :, first:stop],
+            )
+            runs.append(run)
+        return runs
 
 
 def plan_tiles(rows, blocks, *, count, tile):
