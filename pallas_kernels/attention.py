@@ -17,7 +17,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import fragments, mosaic, products
+from pallas_kernels import fragments, mosaic, products, shared
 from pallas_kernels import rows as gathering
 from pallas_kernels.masking import ROWS, Lists, Masking, Sees, Visits, looked_up_at
 from pallas_kernels.mosaic import LOG2E, ROW, TILE
@@ -149,7 +149,7 @@ def attention(
                 plgpu.barrier_wait(q_full.at[0])
                 gather(0)
             turns.each(consume_tile)
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         def gather(t):
             own = pl.ds(wg * ROWS, ROWS)
@@ -319,7 +319,7 @@ def attention(
             out = (q_s if out_s is None else out_s).at[buffer, pl.ds(first_row, ROWS)]
             if not goes_on:
                 swizzle = mosaic.swizzle_of(value_size, dtype)
-                mosaic.store(out, acc.astype(dtype), swizzle)
+                shared.store(out, acc.astype(dtype), swizzle)
             plgpu.commit_smem()
 
             is_mine = start + first_row < query_len

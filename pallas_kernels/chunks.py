@@ -9,7 +9,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import mosaic, products
+from pallas_kernels import mosaic, products, shared
 from pallas_kernels.mosaic import COL, ROW, TILE
 
 CHUNK = 128
@@ -148,7 +148,7 @@ class State:
         """For both warpgroups to read; both have read what was there."""
         dtype = self._ref.dtype
         half = self.published().at[*self.place()]
-        mosaic.store(half, state.astype(dtype), self.swizzle(*self._shape, dtype))
+        shared.store(half, state.astype(dtype), self.swizzle(*self._shape, dtype))
         if sums is not None:
             self.write_sums(sums, self._sums)
         plgpu.commit_smem()

@@ -15,7 +15,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import mosaic, products
+from pallas_kernels import mosaic, products, shared
 from pallas_kernels.chunks import (
     CHUNK,
     ROWS,
@@ -260,7 +260,7 @@ def linear_scan(
                 if not alone:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 rounded = mosaic.rounded(out, dtype)
-                mosaic.store(staged, rounded, swizzle)
+                shared.store(staged, rounded, swizzle)
                 plgpu.commit_smem()
                 rows = pl.ds(chunk * CHUNK + first_row, ROWS)
                 columns_g = pl.ds(first_column, columns)
@@ -315,7 +315,7 @@ def linear_scan(
                 last_g.at[b, *own_g][...] = state
             if counted:
                 held.write_sums(sums, sums_g.at[b, h, place])
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         def produce():
             plgpu.set_max_registers(producer, action="decrease")

@@ -18,12 +18,11 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from pallas_kernels import mosaic, products
+from pallas_kernels import mosaic, products, shared
 from pallas_kernels.chunks import Stream, row_of
-from pallas_kernels.mosaic import LOG2E, TILE
+from pallas_kernels.mosaic import COL, LOG2E, ROW, TILE
 
 CHUNK = 64
 LEVELS = 6  # CHUNK is 2 to it.
@@ -66,13 +65,13 @@ def linear_channel_scan(
 
     def body(*refs):
         tokens_g = dict(zip(inputs, refs, strict=False))
-        state_g, scale_g, ones_g, out_g, last_g, *rest = refs[len(inputs) :]
+        state_g, scale_g, out_g, last_g, *rest = refs[len(inputs) :]
         if keep_states:
             states_g, *rest = rest
         stream, local = Stream.of(tuple(inputs), rest)
         tokens_s, fulls, frees = stream
-        decays, local = Decays(*local[:3]), local[3:]
-        weighed_s, scores_s, state_s, met, written = local
+        decays_s, weighed_s, scores_s, state_s, met, written = local
+        decays = Decays(decays_s)
         h, b = (lax.axis_index(axis) for axis in ("h", "b"))
         wg = lax.axis_index("wg")
 
@@ -88,33 +87,36 @@ def linear_channel_scan(
                 """This warpgroup's channels."""
                 return pl.ds(mosaic.again(wg) * channels, channels)
 
+            def tiles_to_work_with():
+                me = mosaic.again(wg)
+                return weighed_s.at[me], scores_s.at[me, :, pl.ds(0, channels)]
+
             def scores(q_s, k_s):
                 """What these channels add to the scores."""
-
-                part, weighed = own_part(), weighed_s.at[mosaic.again(wg)]
+                part = own_part()
                 own_q, own_k = q_s.at[:, part], k_s.at[:, part]
 
-                def level(n, p):
-                    # From the widest pair on: what it has wrong inside of blocks is
-                    # replaced by the next.
-                    pair = Pair(LEVELS - 1 - n)
-                    decay = pair.decay(decays, part)
-                    q, k = mosaic.load(own_q, TILE), mosaic.load(own_k, TILE)
-                    x = jnp.where(pair.right(decay.shape), q, k).astype(jnp.float32)
-                    x = (x * decay).astype(dtype)
+                def weighed(n):
+                    here = tiles_to_work_with()[n % 2]
+                    decay = Pair(n).decay(decays, own_part())
+                    x = shared.load_alternating(own_k, own_q, n, swizzle)
+                    x = (x.astype(jnp.float32) * decay).astype(dtype)
                     plgpu.commit_smem()  # All have read what was there.
-                    weighed[...] = x
+                    shared.store_matrices(here, x, swizzle)
                     plgpu.commit_smem()
-                    product = mosaic.full((CHUNK, CHUNK), 0.0, TILE)
-                    product = products.accumulated(
-                        product, x, mosaic.transposed(weighed)
-                    )
-                    return jnp.where(pair.together(), product, p)
+                    return here, mosaic.transposed(here)
 
-                p = mosaic.full((CHUNK, CHUNK), 0.0, TILE)
-                p = lax.fori_loop(0, LEVELS, level, p)
+                # What a pair has wrong inside of its blocks is replaced by the next.
+                p = products.in_turn(
+                    [functools.partial(weighed, n) for n in reversed(range(LEVELS))],
+                    lambda n, product, p: jnp.where(
+                        Pair(LEVELS - 1 - n).together(), product, p
+                    ),
+                    mosaic.full((CHUNK, CHUNK), 0.0, TILE),
+                )
                 i, j = tokens()
-                return jnp.where(i == j, itself(load(own_q) * load(own_k)), p)
+                both = load(own_q, swizzle) * load(own_k, swizzle)
+                return jnp.where(i == j, itself(both), p)
 
             def after(state, k, v):
                 """What leaves the chunk."""
@@ -139,7 +141,11 @@ def linear_channel_scan(
             def publish(state):
                 own = own_columns()
                 for tile, x in zip(tiles, state, strict=True):
-                    state_s.at[tile, own][...] = x.astype(dtype)
+                    shared.store_matrices(
+                        state_s.at[tile, own],
+                        x.astype(dtype),
+                        swizzle,
+                    )
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(written)
                 plgpu.barrier_wait(written)
@@ -150,21 +156,22 @@ def linear_channel_scan(
                     copy(state_s, states_g.at[b, h, n])
                 plgpu.barrier_wait(fulls["log_decay"].at[0])
                 part = own_part()
-                decays.take(tokens_s["log_decay"].at[0, :, part], part)
+                arrived = tokens_s["log_decay"].at[0, :, part]
+                decays.take(arrived, part, tiles_to_work_with(), swizzle)
                 plgpu.barrier_arrive(frees["log_decay"].at[0])
                 q, k, v = (tokens_s[name].at[slot] for name in ahead)
                 for name in ahead:
                     plgpu.barrier_wait(fulls[name].at[slot])
-                i, j = tokens()
                 p = scores(q, k)
+                i, j = tokens()
                 part = own_part()
                 own_q, own_k = q.at[:, part], k.at[:, part]
-                scores_s.at[mosaic.again(wg)][...] = jnp.where(j <= i, p, 0.0).astype(
-                    dtype
-                )
+                p = jnp.where(j <= i, p, 0.0).astype(dtype)
+                shared.store_matrices(scores_s.at[mosaic.again(wg)], p, swizzle)
                 # Queries and keys give way to what the states are to them.
-                own_q[...] = (load(own_q) * decays.over(j <= i, part)).astype(dtype)
-                own_k[...] = (load(own_k) * decays.over(j > i, part)).astype(dtype)
+                for own, decay in ((own_q, decays.since), (own_k, decays.until)):
+                    x = (load(own, swizzle) * decay(part)).astype(dtype)
+                    shared.store_matrices(own, x, swizzle)
                 plgpu.commit_smem()
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 pl.when(n > 0)(lambda: release_values(n - 1))
@@ -180,12 +187,13 @@ def linear_channel_scan(
                 plgpu.barrier_arrive(frees["key"].at[slot])
                 # The values have been read: their place takes the output.
                 plgpu.commit_smem()
-                v.at[:, own][...] = (out * scale).astype(dtype)
+                shared.store_matrices(
+                    v.at[:, own], (out * scale).astype(dtype), swizzle
+                )
                 publish(state)
                 copy(v, out_g.at[b, pl.ds(n * CHUNK, CHUNK), h])
                 return state
 
-            decays.wait()
             own = own_columns()
             state = tuple(
                 mosaic.load(state_g.at[b, h, tile, own], TILE) for tile in tiles
@@ -195,7 +203,7 @@ def linear_channel_scan(
             own = own_columns()
             for tile, x in zip(tiles, state, strict=True):
                 last_g.at[b, h, tile, own][...] = x
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             release_values(jnp.int32(chunks - 1))
 
         def produce():
@@ -206,11 +214,7 @@ def linear_channel_scan(
                 head = lax.div(h, jnp.int32(heads // gmem.shape[2]))
                 return gmem.at[b, pl.ds(n * CHUNK, CHUNK), head]
 
-            def copy():
-                decays.fetch(ones_g)
-                stream.copy(source, chunks)
-
-            mosaic.by_one_warp(copy)
+            mosaic.by_one_warp(lambda: stream.copy(source, chunks))
 
         pl.when(wg < 2)(consume)
         pl.when(wg == 2)(produce)
@@ -230,11 +234,11 @@ def linear_channel_scan(
         outputs.append(jax.ShapeDtypeStruct(kept, dtype))
     return mosaic.call(
         body,
-        (*inputs.values(), state, scale, Decays.ones(dtype)),
+        (*inputs.values(), state, scale),
         tuple(outputs),
         scratch=[
             *Stream.scratch(buffers),
-            *Decays.scratch(tiled, size),
+            Decays.scratch(size),
             tiled((2, CHUNK, channels)),
             tiled((2, CHUNK, CHUNK)),
             tiled((size, value_size)),
@@ -262,61 +266,60 @@ def in_two(x, dtype):
 
 
 class Decays:
-    """Base-2 log decays of a chunk's tokens by channel, in shared memory.
+    """Base-2 log decays of a chunk's channels, summed from its first token on.
 
-    In two parts, which products can read and which add up to the float32 ones.
+    A float32 row for each token, in shared memory: what tokens decay a channel by is a
+    difference of two rows.
     """
 
-    def __init__(self, ref, ones_ref, here):
-        self._parts = ref.at[0], ref.at[1]
-        self._ones, self._here = ones_ref, here
+    def __init__(self, ref):
+        self._sums = ref
 
     @staticmethod
-    def scratch(tiled, size) -> list:
-        """What it is made of, by a function of a shape."""
-        return [tiled((2, CHUNK, size)), tiled((1, 8, CHUNK)), plgpu.Barrier()]
+    def scratch(size):
+        """What it is made of, for that many channels."""
+        return plgpu.SMEM((CHUNK, size), jnp.float32)
 
-    @staticmethod
-    def ones(dtype) -> np.ndarray:
-        """What `fetch` takes from memory."""
-        return np.ones((8, CHUNK), dtype)
+    def take(self, log_decay, channels, halves, swizzle):
+        """Sums up natural logarithms in shared memory, and keeps them as `channels`.
 
-    def fetch(self, ones):
-        """To be called by the copying warp, before all else."""
-        plgpu.copy_gmem_to_smem(ones, self._ones.at[0], self._here)
-
-    def wait(self):
-        """To be called by the others."""
-        plgpu.barrier_wait(self._here)
-
-    def take(self, log_decay, channels):
-        """Those of these channels, of natural logarithms in shared memory."""
-        swizzle = mosaic.swizzle_of(channels.size, log_decay.dtype)
-        x = mosaic.load_anew(log_decay, swizzle).astype(jnp.float32)
+        `halves` are two tiles in shared memory, with that swizzle, to work with.
+        """
+        x = load(log_decay, mosaic.swizzle_of(channels.size, log_decay.dtype))
         x = jnp.maximum(x * LOG2E, LEAST)
-        for part, half in zip(
-            self._parts, in_two(x, self._parts[0].dtype), strict=True
-        ):
-            part.at[:, channels][...] = half
+        dtype = halves[0].dtype
+        for ref, half in zip(halves, in_two(x, dtype), strict=True):
+            shared.store_matrices(ref, half, swizzle)
+        plgpu.commit_smem()
+        i, j = tokens()
+        until = jnp.where(j <= i, 1.0, 0.0).astype(dtype)
+        sums = mosaic.full(x.shape, 0.0, TILE)
+        sums = products.accumulated(sums, until, *halves)
+        shared.store_sums(self._sums.at[:, channels], sums)
         plgpu.commit_smem()
 
-    def over(self, which, channels):
-        """By what the tokens `which`, a row for each token, decay these channels."""
-        which = jnp.where(which, 1.0, 0.0).astype(self._parts[0].dtype)
-        total = mosaic.full((CHUNK, channels.size), 0.0, TILE)
-        parts = (part.at[:, channels] for part in self._parts)
-        return jnp.exp2(products.accumulated(total, which, *parts))
+    def since(self, channels):
+        """By what each token and those before it decay them."""
+        return jnp.exp2(self._own(channels))
+
+    def until(self, channels):
+        """By what the tokens behind each one decay them."""
+        own = self._own(channels)
+        total = mosaic.load(self._sums.at[CHUNK - 1, channels], COL)
+        return jnp.exp2(mosaic.along(total, 1, own.shape) - own)
 
     def across(self, channels):
-        """By what all tokens decay these channels, a row of a state each."""
-        first = mosaic.again(jnp.int32(channels.start))
-        channels = pl.ds(first, channels.size)
-        # A product sums faster than registers do; its columns are the same.
-        parts = (mosaic.transposed(part.at[:, channels]) for part in self._parts)
-        ones = mosaic.transposed(self._ones.at[mosaic.again(jnp.int32(0))])
-        return jnp.exp2(
-            products.sum_of_products(*((x, ones) for x in parts)).max(axis=1)
-        )
+        """By what all tokens decay them, a row of a state each."""
+        return jnp.exp2(mosaic.load(self._sums.at[CHUNK - 1, channels], ROW))
+
+    def between(self, first, last, channels):
+        """What the tokens behind `first[i]` up to `last[i]` decay them by, in row i."""
+        sums = self._sums.at[:, channels]
+        last, first = (shared.load_sums(sums, rows) for rows in (last, first))
+        return jnp.exp2(last - first)
+
+    def _own(self, channels):
+        return shared.load_sums(self._sums.at[:, channels], _indices(0))
 
 
 class Pair:
@@ -334,9 +337,10 @@ class Pair:
 
     def decay(self, decays: Decays, channels):
         """Of each token from the middle on, or up to there."""
-        i, j = tokens()
-        until = jnp.where(self.right(i.shape), j <= i, j > i)
-        return decays.over(until & (self._apart() == 0), channels)
+        own = _indices(0)
+        middle = (own >> self._n + 1 << self._n + 1) + (1 << self._n) - 1
+        first, last = jnp.minimum(own, middle), jnp.maximum(own, middle)
+        return decays.between(first, last, channels)
 
     def together(self):
         """Whether a row's token and a column's are in the same pair."""
@@ -375,6 +379,6 @@ def itself(x):
     return jnp.where(i == j, mosaic.along(x.sum(axis=1), 0, i.shape), 0.0)
 
 
-def load(ref):
+def load(ref, swizzle):
     """Tokens from shared memory, in float32."""
-    return mosaic.load(ref, TILE).astype(jnp.float32)
+    return shared.load(ref, swizzle).astype(jnp.float32)

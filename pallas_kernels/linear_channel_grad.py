@@ -25,7 +25,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import mosaic, products
+from pallas_kernels import mosaic, products, shared
 from pallas_kernels.chunks import Stream, row_of
 from pallas_kernels.linear_channel_decay import (
     CHUNK,
@@ -84,13 +84,13 @@ def linear_channel_grad(
 
     def body(*refs):
         tokens_g = dict(zip(inputs, refs, strict=False))
-        log_decay_g, d_last_g, scale_g, ones_g, *rest = refs[len(inputs) :]
+        log_decay_g, d_last_g, scale_g, *rest = refs[len(inputs) :]
         d_query_g, d_key_g, d_value_g, d_decay_g, d_first_g, *rest = rest
         stream, rest = Stream.of(tuple(inputs), rest)
         tokens_s, fulls, frees = stream
         arriving, local = Stream.of(("log_decay",), rest)
-        decays, local = Decays(*local[:3]), local[3:]
-        weighed_s, change_s, scores_s, d_state_s, across_s, barriers = local
+        decays_s, weighed_s, change_s, scores_s, d_state_s, across_s, barriers = local
+        decays = Decays(decays_s)
         summed, met, written = (barriers.at[i] for i in range(3))
         h, b = (lax.axis_index(axis) for axis in ("h", "b"))
         wg = lax.axis_index("wg")
@@ -117,7 +117,11 @@ def linear_channel_grad(
                 d_scores = products.product(do_s, mosaic.transposed(v_s))
                 mirrored = products.product(v_s, mosaic.transposed(do_s))
                 both = jnp.where(i >= j, d_scores, mirrored)
-                scores_s.at[mosaic.again(wg)][...] = both.astype(dtype)
+                shared.store_matrices(
+                    scores_s.at[mosaic.again(wg)],
+                    both.astype(dtype),
+                    swizzle,
+                )
                 return jnp.where(i == j, d_scores, 0.0).sum(axis=1)
 
             def level(n, carry, part):
@@ -128,16 +132,16 @@ def linear_channel_grad(
                 x_s = weighed_s.at[me, lax.rem(n, jnp.int32(2))]
                 decay = pair.decay(decays, part)
                 right = pair.right(decay.shape)
-                q, k = (mosaic.load(x.at[:, part], TILE) for x in here("query", "key"))
-                x = jnp.where(right, q, k).astype(jnp.float32) * decay
-                x = (x * jnp.where(right, scale, 1.0)).astype(dtype)
-                mosaic.store(x_s, x, swizzle)
+                left, own = (x.at[:, part] for x in here("key", "query"))
+                x = shared.load_alternating(left, own, n, swizzle).astype(jnp.float32)
+                x = (x * decay * jnp.where(right, scale, 1.0)).astype(dtype)
+                shared.store(x_s, x, swizzle)
                 plgpu.commit_smem()
                 p = p + pair.products(x, x_s)
-                near = pair.between(mosaic.load(scores_s.at[me], TILE))
+                near = pair.between(shared.load(scores_s.at[me], swizzle))
                 seen = mosaic.full(decay.shape, 0.0, TILE)
                 seen = products.accumulated(seen, near, x_s)
-                grad, both = seen * decay, seen * load(x_s)
+                grad, both = seen * decay, seen * load(x_s, swizzle)
                 return (
                     p,
                     d_query + jnp.where(right, grad, 0.0),
@@ -152,11 +156,14 @@ def linear_channel_grad(
                 shape = CHUNK, _PART
                 # What is staged there has been copied.
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.commit_smem()
                 plgpu.barrier_wait(arriving.full["log_decay"].at[0])
                 own = pl.ds(me * _PART, _PART)
-                decays.take(arriving.tokens["log_decay"].at[0, :, own], part)
+                halves = [weighed_s.at[me, half] for half in range(2)]
+                arrived = arriving.tokens["log_decay"].at[0, :, own]
+                decays.take(arrived, part, halves, swizzle)
                 plgpu.barrier_arrive(arriving.free["log_decay"].at[0])
-                q, k = (load(x.at[:, part]) for x in here("query", "key"))
+                q, k = (load(x.at[:, part], swizzle) for x in here("query", "key"))
                 q = q * scale
                 diagonal = mosaic.along(diagonal, 0, shape)
                 none = mosaic.full(shape, 0.0, TILE)
@@ -171,8 +178,9 @@ def linear_channel_grad(
                     """A gradient to where it belongs, and `change` for a product."""
                     plgpu.commit_smem()  # All have read what was there.
                     for half, x in enumerate(in_two(change, jnp.bfloat16)):
-                        change_s.at[me, half][...] = x
-                    weighed_s.at[me, slot][...] = grad.astype(dtype)
+                        shared.store_matrices(change_s.at[me, half], x, swizzle)
+                    grad = grad.astype(dtype)
+                    shared.store_matrices(weighed_s.at[me, slot], grad, swizzle)
                     plgpu.commit_smem()
                     place = grad_g.at[b, rows, h, part]
                     plgpu.copy_smem_to_gmem(weighed_s.at[me, slot], place)
@@ -187,28 +195,27 @@ def linear_channel_grad(
                 me, n = mosaic.again(wg), mosaic.again(n)
                 part = part_of(me, n)
                 own_q, own_k = (x.at[:, part] for x in here("query", "key"))
-                i, j = tokens()
-                decay = decays.over(j <= i, part)
+                decay = decays.since(part)
                 do_s, entering_s = here("d_out", "states")
                 seen = products.product(do_s, mosaic.transposed(entering_s.at[part]))
-                q = (load(own_q) * scale * decay).astype(dtype)
-                own_q[...] = q
+                q = (load(own_q, swizzle) * scale * decay).astype(dtype)
+                shared.store_matrices(own_q, q, swizzle)
                 change = change + q.astype(jnp.float32) * seen
                 write(0, (d_query + seen * decay) * scale, d_query_g, change)
                 across = sum(mosaic.load(across_s.at[one, part], COL) for one in (0, 1))
                 d_decay = mosaic.along(across, 1, shape) * decay
+                decay = decays.until(part)
                 i, j = tokens()
-                decay = decays.over(j > i, part)
                 d_decay = added(d_decay * decay, j >= i)
                 (v_s,) = here("value")
                 seen = products.product(v_s, mosaic.transposed(d_state_s.at[part]))
-                k = (load(own_k) * decay).astype(dtype)
-                own_k[...] = k
+                k = (load(own_k, swizzle) * decay).astype(dtype)
+                shared.store_matrices(own_k, k, swizzle)
                 write(1, d_key + seen * decay, d_key_g, k.astype(jnp.float32) * seen)
                 i, j = tokens()
                 d_decay = added(d_decay, j < i)
                 place = d_decay_g.at[mosaic.again(b), rows, mosaic.again(h), part]
-                mosaic.store(place, d_decay.astype(log_decay.dtype))
+                shared.store(place, d_decay.astype(log_decay.dtype))
                 return p
 
             def meet_across(d_state):
@@ -216,7 +223,7 @@ def linear_channel_grad(
                 me = mosaic.again(wg)
                 (entering_s,) = here("states")
                 for tile, x in zip(tiles, d_state, strict=True):
-                    state = load(entering_s.at[tile, columns_of(me)])
+                    state = load(entering_s.at[tile, columns_of(me)], swizzle)
                     across_s.at[me, tile][...] = (x * state).sum(axis=1)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(summed)
@@ -225,7 +232,11 @@ def linear_channel_grad(
                 """For both to read."""
                 own = columns_of(mosaic.again(wg))
                 for tile, x in zip(tiles, d_state, strict=True):
-                    d_state_s.at[tile, own][...] = x.astype(dtype)
+                    shared.store_matrices(
+                        d_state_s.at[tile, own],
+                        x.astype(dtype),
+                        swizzle,
+                    )
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(written)
                 plgpu.barrier_wait(written)
@@ -248,7 +259,8 @@ def linear_channel_grad(
                 me = mosaic.again(wg)
                 own = columns_of(me)
                 # The scores take the place of their gradients.
-                scores_s.at[me][...] = jnp.where(i <= j, p, 0.0).astype(dtype)
+                p = jnp.where(i <= j, p, 0.0).astype(dtype)
+                shared.store_matrices(scores_s.at[me], p, swizzle)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(met)
                 plgpu.barrier_wait(met)
@@ -260,7 +272,7 @@ def linear_channel_grad(
                 d_value = products.accumulated(d_value, k_s, d_state_s.at[:, own])
                 plgpu.barrier_arrive(frees["key"].at[0])
                 # The values have been read: their place takes their gradients.
-                v_s.at[:, own][...] = d_value.astype(dtype)
+                shared.store_matrices(v_s.at[:, own], d_value.astype(dtype), swizzle)
                 plgpu.commit_smem()  # All have read the state as well.
                 before = []
                 for tile, x in zip(tiles, d_state, strict=True):
@@ -280,7 +292,6 @@ def linear_channel_grad(
                 plgpu.barrier_arrive(frees["value"].at[0])
                 return tuple(before)
 
-            decays.wait()
             own = columns_of(wg)
             d_state = tuple(
                 mosaic.load(d_last_g.at[b, h, tile, own], TILE) for tile in tiles
@@ -289,7 +300,7 @@ def linear_channel_grad(
             d_state = lax.fori_loop(0, chunks, step, d_state)
             for tile, x in zip(tiles, d_state, strict=True):
                 d_first_g.at[b, h, tile, own][...] = x
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         def produce():
             plgpu.set_max_registers(24, action="decrease")
@@ -307,8 +318,6 @@ def linear_channel_grad(
                 return log_decay_g.at[b, rows, h, both]
 
             def copy():
-                decays.fetch(ones_g)
-
                 # Decays come part by part: the first while the chunk before is at work.
                 @pl.loop(0, chunks)
                 def _(n):
@@ -331,7 +340,7 @@ def linear_channel_grad(
     like = lambda *shape: jax.ShapeDtypeStruct((batch, length, heads, *shape), dtype)
     return mosaic.call(
         body,
-        (*inputs.values(), log_decay, d_last, scale, Decays.ones(dtype)),
+        (*inputs.values(), log_decay, d_last, scale),
         (
             like(size),
             like(size),
@@ -344,7 +353,7 @@ def linear_channel_grad(
                 {name: tiled((stages, *shape)) for name, shape in shapes.items()}
             ),
             *Stream.scratch({"log_decay": staged(log_decay, 2 * _PART, _PART)}),
-            *Decays.scratch(tiled, size),
+            Decays.scratch(size),
             tiled((2, 2, CHUNK, _PART)),
             mosaic.tiled((2, 2, CHUNK, _PART), jnp.bfloat16),
             tiled((2, CHUNK, CHUNK)),

@@ -23,7 +23,6 @@ from jax._src.pallas.mosaic_gpu.interpret.params import (  # Public since 0.11.
     InterpretGPUParams,
     force_gpu_interpret_mode,
 )
-from jax.experimental.mosaic import gpu as mgpu
 
 TILE = plgpu.Layout.WGMMA
 # Vectors along the rows of a tile, and along its columns.
@@ -208,63 +207,6 @@ def named_barrier(operation: str, number, threads: int):
 def again(x):
     """A number anew, so that addresses made of it are not kept in registers."""
     return lax.optimization_barrier(x)
-
-
-def store(ref, x, swizzle: int | None = None):
-    """`ref[...] = x`, a tile to shared memory made by `tiled` with that swizzle.
-
-    Without a swizzle to memory that is not tiled. Addresses are made here: those of a
-    tile are the same whenever a loop comes by, so that LLVM would make them before it
-    and keep them in registers.
-    """
-    if interpreted():
-        ref[...] = x
-        return
-    kind = plgpu.RefType() if swizzle is None else _tiled_type(swizzle, x.dtype)
-
-    @plgpu.inline_mgpu(arg_types=(kind, TILE))
-    def run(_, ref, x):
-        with _threads_counted_here():
-            if swizzle is None:
-                x.store_untiled(ref, optimized=False)
-            else:
-                x.store_tiled(ref, swizzle)
-
-    run(ref, x)
-
-
-def load_anew(ref, swizzle: int):
-    """A tile from shared memory made by `tiled` with that swizzle, as `store`."""
-    if interpreted():
-        return ref[...]
-    result = plgpu.ShapeDtypeStruct(ref.shape, ref.dtype, layout=TILE)
-
-    @plgpu.inline_mgpu(arg_types=(_tiled_type(swizzle, ref.dtype),), return_type=result)
-    def run(_, ref):
-        with _threads_counted_here():
-            return mgpu.FragmentedArray.load_tiled(ref, swizzle, optimized=False)
-
-    return run(ref)
-
-
-def thread_here():
-    """The number of the thread, inside `inline_mgpu`, read where it is asked for.
-
-    So what is made of it is not kept in registers over a loop.
-    """
-    i32 = ir.IntegerType.get_signless(32)
-    return llvm.inline_asm(i32, [], "mov.u32 $0, %tid.x;", "=r", has_side_effects=True)
-
-
-@contextlib.contextmanager
-def _threads_counted_here():
-    names, number = vars(mgpu.utils), thread_here()
-    before = names["thread_idx"]
-    names["thread_idx"] = lambda: number
-    try:
-        yield
-    finally:
-        names["thread_idx"] = before
 
 
 def emulated(scratch):

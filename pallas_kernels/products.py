@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -153,27 +154,128 @@ def two_products(first, second, meanwhile, *, issued=lambda: None):
     return pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
 
 
-def product_beside(first, second, write, *, issued):
-    """`write(a b)` while `acc += c d` is computed, which may go on: see `wait`.
+def in_turn(operands, take, carry):
+    """Products one after another, each one's operands made while the last is computed.
 
-    `issued` runs when both are on their way and the product before them is done.
+    Args:
+      operands: functions that return `(a, b)` in shared memory.
+      take: `(n, product, carry) -> carry`, of the n-th product.
+      carry: what the first of these gets.
+
+    Returns:
+      What the last one returns.
+    """
+    if interpreted():
+        for n, make in enumerate(operands):
+            a, b = make()
+            result = plain(a) @ plain(b)
+            plgpu.commit_smem()
+            carry = take(n, result, carry)
+        return carry
+
+    def run(n, before, carry):
+        if n == len(operands):
+            return take(n - 1, plgpu.wgmma_accumulator_load(before, wait_n=0), carry)
+        a, b = operands[n]()
+
+        def issue(acc):
+            plgpu.wgmma(acc, a, b)
+            done = carry
+            if before is not None:
+                product = plgpu.wgmma_accumulator_load(before, wait_n=1)
+                done = take(n - 1, product, carry)
+            return run(n + 1, acc, done)
+
+        return pl.run_scoped(issue, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+
+    return run(0, None, carry)
+
+
+def product_while(a, b, work):
+    """`a b`, and `work()`, which runs while it is computed."""
+    if interpreted():
+        result = plain(a) @ plain(b)
+        plgpu.commit_smem()
+        return result, work()
+
+    def run(acc):
+        plgpu.wgmma(acc, a, b)
+        done = work()
+        return plgpu.wgmma_accumulator_load(acc, wait_n=0), done
+
+    return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+
+
+def product_before(first, second):
+    """`a b`; `acc += c d`, which comes after it, may go on: see `wait`.
+
+    Args:
+      first: `(a, b)` in shared memory.
+      second: `(acc, c, d)`.
     """
     (a, b), (acc, c, d) = first, second
     if interpreted():
-        issued()
         result = plain(a) @ plain(b)
+        plgpu.commit_smem()
         add_product(acc, c, d)
-        write(result)
-        return
+        return result
 
     def run(left):
         plgpu.wgmma(left, a, b)
         plgpu.wgmma(acc, c, d)
-        plgpu.wgmma_wait(2)
-        issued()
-        write(plgpu.wgmma_accumulator_load(left, wait_n=1))
+        return plgpu.wgmma_accumulator_load(left, wait_n=1)
 
-    pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+    return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+
+
+def product_beside(first, second, third, write, *, issued, ready, third_is_last):
+    """`write(a b)` while `acc += c d` and `e f` are computed.
+
+    Args:
+      first: `(a, b)` in shared memory.
+      second: `(acc, c, d)`.
+      third: `(e, f)` in shared memory.
+      write: gets `a b`.
+      issued: runs when `a b` is on its way and the products before it are done.
+      ready: runs after that, before `e f` is begun.
+      third_is_last: whether it comes after the second product, which is then done when
+        this returns, or before it, so that the second may go on: see `wait`.
+
+    Returns:
+      `e f`.
+    """
+    (a, b), (acc, c, d), (e, f) = first, second, third
+    if interpreted():
+        issued()
+        result = plain(a) @ plain(b)
+        add_product(acc, c, d)
+        ready()
+        following = plain(e) @ plain(f)
+        plgpu.commit_smem()
+        write(result)
+        return following
+
+    def run(left):
+        plgpu.wgmma(left, a, b)
+        plgpu.wgmma_wait(1)
+        issued()
+        if third_is_last:
+            plgpu.wgmma(acc, c, d)
+        ready()
+        # An accumulator is made when nothing more is to be waited for.
+        return pl.run_scoped(
+            functools.partial(then, left),
+            plgpu.ACC((e.shape[0], f.shape[1]), jnp.float32),
+        )
+
+    def then(left, right):
+        plgpu.wgmma(right, e, f)
+        if not third_is_last:
+            plgpu.wgmma(acc, c, d)
+        write(plgpu.wgmma_accumulator_load(left, wait_n=2))
+        return plgpu.wgmma_accumulator_load(right, wait_n=0 if third_is_last else 1)
+
+    return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
 
 
 def wait_for_products():

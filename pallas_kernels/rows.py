@@ -12,7 +12,7 @@ from jax._src.lib.mlir import ir
 from jax._src.lib.mlir.dialects import arith, llvm, memref
 from jax.experimental.mosaic.gpu.utils import getelementptr, memref_ptr
 
-from pallas_kernels import mosaic
+from pallas_kernels import mosaic, shared
 
 _THREADS = 128  # Of a warpgroup.
 _PIECE = 16  # Bytes that a thread copies at once.
@@ -41,7 +41,7 @@ def gather(source, rows, target):
     def run(_, source, rows, target):
         i8, i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (8, 32, 64))
         const = lambda x, kind=i32: arith.constant(kind, ir.IntegerAttr.get(kind, x))
-        thread = arith.remui(mosaic.thread_here(), const(_THREADS))
+        thread = arith.remui(shared.thread_here(), const(_THREADS))
         [stride, _], _ = ir.MemRefType(source.type).get_strides_and_offset()
         start = memref_ptr(source)
         place = llvm.ptrtoint(i32, memref_ptr(target))

@@ -16,7 +16,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import mosaic, products
+from pallas_kernels import mosaic, products, shared
 from pallas_kernels.chunks import CHUNK, ROWS, Stream, inverse
 from pallas_kernels.mosaic import COL, ROW, TILE
 from pallas_kernels.taylor_features import PART, PARTS, SIZE, TILES, Forms, coefficients
@@ -113,7 +113,7 @@ def taylor_scan(
             def publish(state, sums):
                 for tile, part in zip(TILES, state, strict=True):
                     here = state_s.at[tile, own_columns]
-                    mosaic.store(here, part.astype(dtype), _swizzle(value_size, dtype))
+                    shared.store(here, part.astype(dtype), _swizzle(value_size, dtype))
                 write_sums(sums, lambda tile: sums_s.at[tile])
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(written)
@@ -202,7 +202,7 @@ def taylor_scan(
                 first = mosaic.again(wg) * ROWS
                 place_s = staged[name].at[pl.ds(first, ROWS)]
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                mosaic.store(place_s, x.astype(dtype), _swizzle(x.shape[-1], dtype))
+                shared.store(place_s, x.astype(dtype), _swizzle(x.shape[-1], dtype))
                 plgpu.commit_smem()
                 rows = pl.ds(chunk * CHUNK + first, ROWS)
                 plgpu.copy_smem_to_gmem(place_s, results_g[name].at[b, rows, h])
@@ -267,7 +267,7 @@ def taylor_scan(
             for tile, part in zip(TILES, state, strict=True):
                 held(last_g, tile).at[:, own_columns][...] = part
             write_sums(sums, functools.partial(held, last_sums_g))
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         def produce():
             plgpu.set_max_registers(24, action="decrease")

@@ -1,0 +1,273 @@
+"""Tiles between a warpgroup's registers and shared memory.
+
+What Mosaic leaves out: 16-bit tiles come as matrices of 8 x 8, four an instruction, and
+each of their rows may come from somewhere else. Addresses are made where they are used:
+those of a tile are the same whenever a loop comes by, so that LLVM would make them
+before it and keep them in registers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax._src.lib.mlir import ir
+from jax._src.lib.mlir.dialects import arith, llvm
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu.utils import getelementptr, memref_ptr
+
+from pallas_kernels.mosaic import ROW, TILE, interpreted
+
+_ROWS = 64
+
+
+def store(ref, x, swizzle: int | None = None):
+    """`ref[...] = x`, a tile to shared memory made by `mosaic.tiled` with that swizzle.
+
+    Without a swizzle to memory that is not tiled.
+    """
+    if interpreted():
+        ref[...] = x
+        return
+    kind = plgpu.RefType() if swizzle is None else _tiled(swizzle, x.dtype)
+
+    @plgpu.inline_mgpu(arg_types=(kind, TILE))
+    def run(_, ref, x):
+        with _threads_counted_here():
+            if swizzle is None:
+                x.store_untiled(ref, optimized=False)
+            else:
+                x.store_tiled(ref, swizzle)
+
+    run(ref, x)
+
+
+def store_matrices(ref, x, swizzle: int):
+    """The same by matrices: with fewer registers for addresses, but later."""
+    if interpreted():
+        ref[...] = x
+        return
+
+    @plgpu.inline_mgpu(arg_types=(_tiled(swizzle, x.dtype), TILE))
+    def run(_, ref, x):
+        places = _rows_of_matrices([ref], x.shape[1], swizzle)
+        for place, four in zip(places, x.registers.reshape(-1, 4), strict=True):
+            llvm.inline_asm(
+                ir.Type.parse("!llvm.void"),
+                [place, *(llvm.bitcast(_i32(), pair) for pair in four)],
+                "stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};",
+                "r,r,r,r,r,~{memory}",
+                has_side_effects=True,
+            )
+
+    run(ref, x)
+
+
+def load(ref, swizzle: int):
+    """A tile from shared memory made by `mosaic.tiled` with that swizzle."""
+    if interpreted():
+        return ref[...]
+    result = plgpu.ShapeDtypeStruct(ref.shape, ref.dtype, layout=TILE)
+
+    @plgpu.inline_mgpu(arg_types=(_tiled(swizzle, ref.dtype),), return_type=result)
+    def run(_, ref):
+        if _is_of_matrices(ref):
+            return _loaded([ref], result.shape, swizzle)
+        with _threads_counted_here():
+            return mgpu.FragmentedArray.load_tiled(ref, swizzle, optimized=False)
+
+    return run(ref)
+
+
+def load_alternating(even, odd, run_length_log2, swizzle: int):
+    """Rows of two 16-bit tiles in turn, `2**run_length_log2` of each."""
+    shape, n = even.shape, jnp.asarray(run_length_log2, jnp.int32)
+    if interpreted():
+        row = lax.broadcasted_iota(jnp.int32, shape, 0)
+        return jnp.where((row >> n) & 1 == 1, odd[...], even[...])
+    kind = _tiled(swizzle, even.dtype)
+
+    @plgpu.inline_mgpu(
+        arg_types=(kind, kind, plgpu.Layout.WG_SPLAT),
+        return_type=plgpu.ShapeDtypeStruct(shape, even.dtype, layout=TILE),
+    )
+    def run(_, even, odd, n):
+        def is_odd(row):
+            bit = arith.andi(arith.shrui(row, n.registers[()]), _const(1))
+            return arith.cmpi(arith.CmpIPredicate.ne, bit, _const(0))
+
+        return _loaded([even, odd], shape, swizzle, is_odd)
+
+    return run(even, odd, n)
+
+
+def store_sums(ref, x):
+    """Puts a float32 tile where `load_sums` finds its rows; the last is as it is.
+
+    In memory that is not tiled, of a multiple of 32 columns. Blocks of 8 columns change
+    places by rows, so that rows which threads read together lie in different banks.
+    """
+    if interpreted():
+        ref[...] = x
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), TILE))
+    def run(_, ref, x):
+        lane = arith.remui(thread_here(), _const(128))
+        row = arith.divui(lane, _const(4))
+        # A warp has 16 rows, a thread one of the upper 8 and the one below it.
+        row = arith.addi(row, arith.andi(row, _const(~7)))
+        rows = [row, arith.addi(row, _const(8))]
+        pairs = x.registers.reshape(-1)
+        for place, pair in zip(_sums(ref, rows), pairs, strict=True):
+            llvm.store(pair, place, alignment=8)
+
+    run(ref, x)
+
+
+def load_sums(ref, rows):
+    """A tile of rows `rows[0]`, `rows[1]`, ... of what `store_sums` has put there."""
+    if interpreted():
+        return ref[...][rows]
+    shape = rows.shape[0], ref.shape[1]
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), ROW),
+        return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=TILE),
+    )
+    def run(_, ref, rows):
+        rows = [llvm.extractelement(row, _const(0)) for row in rows.registers.flat]
+        pair = ir.VectorType.get((2,), ir.F32Type.get())
+        places = _sums(ref, rows)
+        return _tile(shape, (llvm.load(pair, x, alignment=8) for x in places))
+
+    return run(ref, rows)
+
+
+def thread_here():
+    """The number of the thread, inside `inline_mgpu`, read where it is asked for.
+
+    So what is made of it is not kept in registers over a loop.
+    """
+    return llvm.inline_asm(
+        _i32(), [], "mov.u32 $0, %tid.x;", "=r", has_side_effects=True
+    )
+
+
+def _sums(ref, rows):
+    """Where this thread's pairs of 8 columns are, in each of its two rows in turn."""
+    (stride, _), _ = ir.MemRefType(ref.type).get_strides_and_offset()
+    start = llvm.ptrtoint(_i32(), memref_ptr(ref))
+    column = arith.muli(arith.remui(thread_here(), _const(4)), _const(8))
+    firsts = []
+    for row in rows:
+        first = arith.addi(start, arith.muli(row, _const(4 * stride)))
+        changed = arith.andi(arith.xori(row, _const(-1)), _const(3))
+        first = arith.addi(first, arith.addi(column, arith.muli(changed, _const(32))))
+        # Rows begin at multiples of 128 bytes, four blocks.
+        places = (arith.xori(first, _const(32 * block)) for block in range(4))
+        pointer = llvm.PointerType.get(memref_ptr(ref).type.address_space)
+        firsts.append([llvm.inttoptr(pointer, place) for place in places])
+    for i in range(ref.type.shape[1] // 8):
+        for first in firsts:
+            yield getelementptr(first[i % 4], [i // 4 * 32], ir.F32Type.get())
+
+
+def _loaded(refs, shape, swizzle, is_second=None):
+    """A 16-bit tile, each row of it from the first ref or from the second.
+
+    `is_second` decides by the row.
+    """
+    kind = ir.MemRefType(refs[0].type).element_type
+    pair = ir.VectorType.get((2,), kind)
+    four = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
+
+    def pairs():
+        for place in _rows_of_matrices(refs, shape[1], swizzle, is_second):
+            found: Any = llvm.inline_asm(
+                four,
+                [place],
+                "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];",
+                "=r,=r,=r,=r,r,~{memory}",
+                has_side_effects=True,
+            )
+            for i in range(4):
+                yield llvm.bitcast(pair, llvm.extractvalue(_i32(), found, [i]))
+
+    return _tile(shape, pairs())
+
+
+def _rows_of_matrices(refs, columns, swizzle, is_second=None):
+    """Where the row is that this thread gives of each 16 columns.
+
+    Of four matrices: the upper rows, the lower ones, and both of the next 8 columns.
+    """
+    thread = arith.remui(thread_here(), _const(128))
+    lane = arith.remui(thread, _const(32))
+    right = arith.divui(lane, _const(16))
+    lower = arith.remui(arith.divui(lane, _const(8)), _const(2))
+    in_tile = arith.remui(lane, _const(8))
+    tile = arith.muli(arith.divui(thread, _const(32)), _const(2))
+    tile = arith.addi(tile, lower)
+    starts = []
+    for ref in refs:
+        (by_row, by_column, *_), _ = ir.MemRefType(ref.type).get_strides_and_offset()
+        start = llvm.ptrtoint(_i32(), memref_ptr(ref))
+        starts.append(arith.addi(start, arith.muli(tile, _const(2 * by_row))))
+    start = starts[0]
+    if is_second is not None:
+        row = arith.addi(arith.muli(tile, _const(8)), in_tile)
+        start = arith.select(is_second(row), starts[1], start)
+    # As many of an address's bits 4 to 6 as a row has change by the bits 7 to 9.
+    place = arith.muli(in_tile, _const(swizzle))
+    place = arith.addi(place, arith.muli(right, _const(16)))
+    changed = arith.andi(arith.shrui(place, _const(3)), _const(swizzle - 16))
+    place = arith.xori(place, changed)
+    for column in range(0, columns, 16):
+        tile, rest = divmod(2 * column, swizzle)
+        here = arith.addi(start, arith.xori(place, _const(rest)))
+        yield arith.addi(here, _const(2 * by_column * tile))
+
+
+def _tile(shape, pairs):
+    """A tile of pairs of columns, of a thread's upper and lower row in turn."""
+    assert shape[0] == _ROWS, shape
+    layout = TILE.to_mgpu()
+    registers = np.empty(layout.registers_shape(shape), object)
+    registers.reshape(-1)[:] = list(pairs)
+    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+
+def _is_of_matrices(ref):
+    kind = ir.MemRefType(ref.type).element_type
+    return isinstance(kind, ir.BF16Type | ir.F16Type)
+
+
+def _tiled(swizzle, dtype):
+    columns = swizzle // jnp.dtype(dtype).itemsize
+    return plgpu.RefType(
+        (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle))
+    )
+
+
+@contextlib.contextmanager
+def _threads_counted_here():
+    names, number = vars(mgpu.utils), thread_here()
+    before = names["thread_idx"]
+    names["thread_idx"] = lambda: number
+    try:
+        yield
+    finally:
+        names["thread_idx"] = before
+
+
+def _i32():
+    return ir.IntegerType.get_signless(32)
+
+
+def _const(value):
+    return arith.constant(_i32(), ir.IntegerAttr.get(_i32(), value))
