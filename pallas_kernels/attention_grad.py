@@ -15,7 +15,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import fragments, mosaic, products
+from pallas_kernels import fragments, mosaic, products, shared
 from pallas_kernels.masking import ROWS, Lists, Masking, Sees, Visits
 from pallas_kernels.mosaic import COL, LOG2E
 
@@ -103,46 +103,61 @@ def attention_grad(
         def consume():
             plgpu.set_max_registers(240, action="increase")
             first_row = wg * ROWS
+            steps = visits.count * split
             plgpu.barrier_wait(kv_full)
 
             def release(j):
                 slot = lax.rem(j, jnp.int32(stages))
                 plgpu.barrier_arrive(q_free.at[slot])
 
-            def step(j, _, sees, d_key, d_value):
+            def arrived(j):
+                """Waits for a step's tiles, if there is one."""
+
+                @pl.when(j < steps)
+                def _():
+                    plgpu.barrier_wait(full.at[lax.rem(j, jnp.int32(stages))])
+
+            def to_score(j):
+                """The tiles whose product is a step's scores."""
+                slot = lax.rem(j, jnp.int32(stages))
+                own = pl.ds(mosaic.again(wg) * ROWS, ROWS)
+                return k_s.at[own], mosaic.transposed(q_s.at[slot])
+
+            def step(j, scores, sees, d_key, d_value):
                 slot = lax.rem(j, jnp.int32(stages))
                 q, do = q_s.at[slot], do_s.at[slot]
-                me = mosaic.again(wg)
-                own = pl.ds(me * ROWS, ROWS)
-                k, v = k_s.at[own], v_s.at[own]
 
                 def columns(which):
                     vector = mosaic.load(row_s.at[slot, which], COL)
                     return mosaic.along(vector, 1, shape)
 
-                def probabilities(scores):
-                    if not by_rows:
-                        # The last step's products came before these scores.
-                        pl.when(j > 0)(lambda: release(j + stages - 1))
+                def probabilities():
+                    if sees is not None:
+                        sees.prepare(*query_start(j))
                     p = jnp.exp2(scores * log2_scale - columns(0))
                     if sees is not None:
                         p = jnp.where(sees(*query_start(j)), p, 0.0)
                     return p
 
-                plgpu.barrier_wait(full.at[slot])
-                p, dp = products.two_products(
-                    (k, mosaic.transposed(q)),
-                    (v, mosaic.transposed(do)),
-                    probabilities,
-                    issued=lambda: sees and sees.prepare(*query_start(j)),
-                )
-                products.add_product(d_value, p.astype(dtype), do)
+                me = mosaic.again(wg)
+                to_share = v_s.at[pl.ds(me * ROWS, ROWS)], mosaic.transposed(do)
+                if by_rows:
+                    dp, p = products.product_while(*to_share, probabilities)
+                    products.add_product(d_value, p.astype(dtype), do)
+                else:
+                    # The memory still reads the registers that this product needs,
+                    # those of the last gradients of queries: exponentials come first.
+                    p = probabilities()
+                    adds = d_value, p.astype(dtype), do
+                    dp = products.product_before(to_share, adds)
+                    # What came before these products is done.
+                    pl.when(j > 0)(lambda: release(j + stages - 1))
                 ds = (p * (dp - columns(1))).astype(dtype)
                 # The other warpgroup met this one after it last read this buffer.
                 ds_now = ds_s.at[lax.rem(j, jnp.int32(2))]
                 me = mosaic.again(wg)
                 own = pl.ds(me * ROWS, ROWS)
-                mosaic.store(ds_now.at[own], ds, swizzle)
+                shared.store(ds_now.at[own], ds, swizzle)
                 mosaic.meet(PAIR, pair)
                 if by_rows:
                     # With sums so far there are more addresses to keep: one is anew.
@@ -157,23 +172,28 @@ def attention_grad(
                     place = b, head, lax.div(start, jnp.int32(ROWS)), part
                     fragments.add(dq_g.at[place], d_query)
 
-                products.product_beside(
+                scores = products.product_beside(
                     (
                         mosaic.transposed(ds_now.at[:, queries]),
                         k_s.at[:, held],
                     ),
                     # Narrow heads leave registers for it, which saves a reading.
                     (d_key, ds if by_rows else ds_now.at[own], q),
+                    to_score(j + 1),
                     write,
                     issued=lambda: plgpu.barrier_arrive(do_free.at[slot]),
+                    ready=lambda: arrived(j + 1),
+                    third_is_last=by_rows,
                 )
                 if by_rows:
-                    products.wait_for_products()
                     release(j)
+                return scores
 
             def walk(d_key, d_value):
                 run = functools.partial(step, d_key=d_key, d_value=d_value)
                 partial = jnp.int32(0)
+                arrived(partial)
+                scores = products.product(*to_score(partial))
                 if masking.predicate is not None:
                     sees = Sees(
                         masking.predicate,
@@ -185,12 +205,12 @@ def attention_grad(
                         words=None if words_s is None else words_s.at[wg],
                     )
                     partial = visits.partial_count * split
-                    lax.fori_loop(0, partial, functools.partial(run, sees=sees), None)
-                steps = visits.count * split
-                full = functools.partial(run, sees=None)
-                lax.fori_loop(partial, steps, full, None)
+                    partly = functools.partial(run, sees=sees)
+                    scores = lax.fori_loop(0, partial, partly, scores)
+                wholly = functools.partial(run, sees=None)
+                lax.fori_loop(partial, steps, wholly, scores)
+                products.wait_for_products()
                 if not by_rows:
-                    products.wait_for_products()
                     pl.when(steps > 0)(lambda: release(steps - 1))
 
             d_key, d_value = products.accumulators(
@@ -201,7 +221,7 @@ def attention_grad(
             if so_far is not None:
                 place = b, kv_head, lax.div(start + first_row, jnp.int32(ROWS))
 
-                @pl.when(visits.count > 0)
+                @pl.when(steps > 0)
                 def _():
                     fragments.add(dk_g.at[place], d_key)
                     fragments.add(dv_g.at[place], d_value)
@@ -217,7 +237,7 @@ def attention_grad(
             rows = pl.ds(start + first_row, ROWS)
             plgpu.copy_smem_to_gmem(k, dk_g.at[b, rows, head])
             plgpu.copy_smem_to_gmem(v, dv_g.at[b, rows, head])
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         def produce():
             plgpu.set_max_registers(24, action="decrease")

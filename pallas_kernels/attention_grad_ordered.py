@@ -179,7 +179,7 @@ def attention_grad_ordered(
             out[...] = grad.astype(dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out, grad_g.at[b, rows, own_head])
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         def produce():
             plgpu.set_max_registers(24, action="decrease")

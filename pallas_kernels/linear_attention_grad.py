@@ -168,7 +168,7 @@ def linear_grad(
                 first_g.at[b, *own_g][...] = state
             if counted:
                 held.write_sums(sums, first_sums_g.at[b, h, piece])
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         def produce():
             plgpu.set_max_registers(producer, action="decrease")

@@ -157,7 +157,7 @@ def linear_decay_grad(
                 return state
 
             lax.fori_loop(0, chunks, step, state)
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         def produce():
             plgpu.set_max_registers(24, action="decrease")

@@ -123,7 +123,7 @@ def top_blocks(
             plgpu.commit_smem()
             for smem, gmem in ((score_s, score_g), (index_s, index_g)):
                 plgpu.copy_smem_to_gmem(smem.at[wg], gmem.at[b, h, pl.ds(0, k), rows])
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         def produce():
             plgpu.set_max_registers(24, action="decrease")

@@ -294,7 +294,7 @@ def _gradients(call, residuals, cotangents, so_far=None, *, goes_on=False):
         call.grad_masking,
         scale=call.scale,
         query_tile=2 * ROWS if size <= _NARROW else ROWS,
-        stages=2,
+        stages=2 if size <= _NARROW else 3,
         goes_on=goes_on,
     )
     d_query, d_key, d_value = kernel((*arrays, so_far), (by_key, looked_up))
