@@ -18,6 +18,7 @@ from jax import lax
 from pallas_kernels import fragments, mosaic, products, shared
 from pallas_kernels.masking import ROWS, Lists, Masking, Sees, Visits
 from pallas_kernels.mosaic import COL, LOG2E
+from pallas_kernels.relay import Relay
 
 PAIR = 6  # Named barrier on which the two warpgroups meet.
 
@@ -86,8 +87,10 @@ def attention_grad(
         q_g, k_g, v_g, do_g, lse_g, delta_g, *lists_g = refs[:9]
         looked_up_g = refs[9 : 9 + len(looked_up)]
         dq_g, dk_g, dv_g, *local = refs[9 + len(looked_up) :]
+        if relay is not None:
+            rows_g, marks_g, *local = local
         k_s, v_s, q_s, do_s, row_s, ds_s, words_s, *barriers, acc_k, acc_v = local
-        kv_full, full, q_free, do_free, pair = barriers
+        k_full, v_full, full, q_free, do_free, pair = barriers
         b, head, i = (lax.axis_index(axis) for axis in ("b", "h", "k"))
         wg = lax.axis_index("wg")
         start = i * tile
@@ -104,7 +107,8 @@ def attention_grad(
             plgpu.set_max_registers(240, action="increase")
             first_row = wg * ROWS
             steps = visits.count * split
-            plgpu.barrier_wait(kv_full)
+            if relay is not None:
+                relay.wait_for_zeros(marks_g, b * heads + head)
 
             def release(j):
                 slot = lax.rem(j, jnp.int32(stages))
@@ -192,8 +196,10 @@ def attention_grad(
             def walk(d_key, d_value):
                 run = functools.partial(step, d_key=d_key, d_value=d_value)
                 partial = jnp.int32(0)
+                plgpu.barrier_wait(k_full)
                 arrived(partial)
                 scores = products.product(*to_score(partial))
+                plgpu.barrier_wait(v_full)
                 if masking.predicate is not None:
                     sees = Sees(
                         masking.predicate,
@@ -237,21 +243,20 @@ def attention_grad(
             rows = pl.ds(start + first_row, ROWS)
             plgpu.copy_smem_to_gmem(k, dk_g.at[b, rows, head])
             plgpu.copy_smem_to_gmem(v, dv_g.at[b, rows, head])
+            if relay is not None:
+                relay.added(marks_g, b * heads + head)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         def produce():
             plgpu.set_max_registers(24, action="decrease")
+            if relay is not None:
+                relay.serve(dq_g, rows_g, marks_g, b * heads + head, i)
 
             @mosaic.by_one_warp
             def _():
-                keys = pl.ds(start, tile)
-                plgpu.copy_gmem_to_smem(k_g.at[b, keys, kv_head], k_s, kv_full)
-                plgpu.copy_gmem_to_smem(v_g.at[b, keys, kv_head], v_s, kv_full)
-
                 steps = visits.count * split
 
-                @pl.loop(0, steps)
-                def _(j):
+                def copy(j):
                     slot = lax.rem(j, jnp.int32(stages))
                     rows = pl.ds(sum(query_start(j)), query_tile)
                     again = j >= stages
@@ -269,6 +274,13 @@ def attention_grad(
                         do_g.at[b, rows, head], do_s.at[slot], there
                     )
 
+                keys = pl.ds(start, tile)
+                plgpu.copy_gmem_to_smem(k_g.at[b, keys, kv_head], k_s, k_full)
+                # The first scores need no values.
+                pl.when(steps > 0)(lambda: copy(jnp.int32(0)))
+                plgpu.copy_gmem_to_smem(v_g.at[b, keys, kv_head], v_s, v_full)
+                pl.loop(1, steps)(copy)
+
                 @pl.loop(jnp.maximum(steps - stages, 0), steps)
                 def _(j):
                     slot = lax.rem(j, jnp.int32(stages))
@@ -281,8 +293,14 @@ def attention_grad(
     slots = functools.partial(plgpu.Barrier, num_barriers=stages)
     parts = head_size // columns_held
     sums = (batch, heads, query_len // ROWS, parts, ROWS * columns_held)
+    relay, rows = Relay(sums, key_len // tile, scale, dtype), ()
+    if so_far is not None or not relay.pays:
+        relay = None
     if so_far is None:
-        d_query = jnp.zeros(sums, jnp.float32)
+        if relay is None:
+            d_query = jnp.zeros(sums, jnp.float32)
+        else:
+            d_query, *rows = relay.begin()
         d_key, d_value = (
             lax.empty((batch, key_len, heads, size), dtype)
             for size in (head_size, value_size)
@@ -290,10 +308,10 @@ def attention_grad(
     else:
         d_query, d_key, d_value = so_far
         d_query = d_query.reshape(sums)
-    d_query, d_key, d_value = mosaic.call_in_place(
+    d_query, d_key, d_value, *rows = mosaic.call_in_place(
         body,
         (query, key, value, d_out, lse, delta, *lists, *looked_up),
-        (d_query, d_key, d_value),
+        (d_query, d_key, d_value, *rows),
         scratch=[
             mosaic.tiled((tile, head_size), dtype, swizzle),
             mosaic.tiled((tile, value_size), dtype),
@@ -302,7 +320,8 @@ def attention_grad(
             plgpu.SMEM((stages, 2, query_tile), jnp.float32),
             mosaic.tiled((2, tile, query_tile), dtype, swizzle),
             plgpu.SMEM((2, words, query_tile), jnp.int32) if words else None,
-            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(),
+            plgpu.Barrier(),
             slots(num_arrivals=4),
             slots(num_arrivals=2),
             slots(num_arrivals=2),
@@ -322,4 +341,6 @@ def attention_grad(
             return d_query.reshape(so_far[0].shape), d_key, d_value
         d_key = fragments.in_rows(d_key[:, :, :, None], scale, dtype)
         d_value = fragments.in_rows(d_value[:, :, :, None], 1.0, dtype)
+    if relay is not None:
+        return relay.end(d_query, rows[0]), d_key, d_value
     return fragments.in_rows(d_query, scale, dtype), d_key, d_value

@@ -98,24 +98,33 @@ def load(ref, columns: int):
     return run(ref)
 
 
-def in_rows(sums: jax.Array, scale: float, dtype) -> jax.Array:
+def in_rows(
+    sums: jax.Array,
+    scale: float,
+    dtype,
+    rows: jax.Array | None = None,
+    last: int | None = None,
+) -> jax.Array:
     """Puts sums into rows.
 
     Args:
       sums: float32 `[B, N, tiles, parts, 64 C]`, each of `parts` a tile of C columns.
       scale: factor on them.
       dtype: of the result.
+      rows: where they are put, by default in a new array.
+      last: only so many of all heads, the last ones.
 
     Returns:
       `[B, 64 tiles, N, parts C]`.
     """
     batch, heads, tiles, parts, size = sums.shape
     columns = size // ROWS
+    if rows is None:
+        rows = lax.empty((batch, tiles * ROWS, heads, parts * columns), dtype)
 
     def body(sums_g, out_g, out_s):
         # What was added last is in the cache still.
-        count = batch * heads
-        at = count - 1 - lax.axis_index("bh")
+        at = batch * heads - 1 - lax.axis_index("bh")
         b, head = lax.div(at, jnp.int32(heads)), lax.rem(at, jnp.int32(heads))
         i, part = (lax.axis_index(axis) for axis in ("q", "part"))
         x = load(sums_g.at[b, head, i, part], columns)
@@ -125,15 +134,16 @@ def in_rows(sums: jax.Array, scale: float, dtype) -> jax.Array:
         plgpu.copy_smem_to_gmem(out_s, out_g.at[place])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    return mosaic.call(
+    (rows,) = mosaic.call_in_place(
         body,
         (sums,),
-        jax.ShapeDtypeStruct((batch, tiles * ROWS, heads, parts * columns), dtype),
+        (rows,),
         scratch=[mosaic.tiled((ROWS, columns), dtype)],
-        grid=(batch * heads, tiles, parts),
+        grid=(last or batch * heads, tiles, parts),
         grid_names=("bh", "q", "part"),
         kernel_name="in_rows",
     )
+    return rows
 
 
 def _place(ref):

@@ -105,7 +105,7 @@ def call_in_place(body, inputs, outputs, *, scratch, **mesh):
                 pl.run_scoped(
                     lambda *local: body(*refs, *local),
                     *scratch,
-                    collective_axes=mesh["thread_name"],
+                    collective_axes=mesh.get("thread_name", ()),
                 )
 
     return pl.run_state(run)((*inputs, *outputs))[len(inputs) :]

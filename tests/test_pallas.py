@@ -72,6 +72,7 @@ CASES = {
     "negative scale": case(
         SOFTMAX, shapes(1, 128, 1, 64), mask=~masks.Strided(3), scale=-0.1
     ),
+    "many heads": case(SOFTMAX, shapes(3, 1024, 16, 64), is_causal=True),
     "head size 256": case(SOFTMAX, shapes(1, 128, 2, 256, key_heads=1), is_causal=True),
     "lists per head": case(
         attnx.block_sparse_attention, shapes(1, 200, 2, 64), block_mask=LISTS

@@ -1,0 +1,53 @@
+"""Sums of gradients that other heads' blocks of threads fill and put in rows."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import normal
+
+from pallas_kernels import fragments, mosaic
+from pallas_kernels.relay import Relay
+from pallas_kernels.turns import PROCESSORS
+
+
+def relay(batch, heads, blocks):
+    return Relay((batch, heads, 2 * blocks, 1, 64 * 32), blocks, 0.5, jnp.bfloat16)
+
+
+@pytest.mark.parametrize(("heads", "blocks"), [(16, 128), (64, 32), (5, 1024)])
+def test_what_runs_at_once_lies_between_a_head_and_those_it_serves(heads, blocks):
+    it = relay(1, heads, blocks)
+    # The last block of a head that is served, and the first of the one that serves it,
+    # are further apart than the blocks that run.
+    assert (it.ahead - 1) * blocks >= PROCESSORS
+    assert it.behind > it.ahead
+    assert it.pays == (heads > 2 * it.behind)
+
+
+def test_few_heads_do_without():
+    assert not relay(1, 8, 128).pays
+    assert not relay(3, 4, 8).pays
+
+
+def test_the_first_heads_begin_as_zeros():
+    it = relay(2, 5, 128)
+    sums, rows, marks = it.begin()
+    first = sums.reshape(10, -1)[: it.ahead]
+    assert not np.any(first)
+    assert rows.shape == (2, 2 * 128 * 64, 5, 32)
+    assert marks[0].tolist() == [128] * it.ahead + [0] * (10 - it.ahead)
+    assert not np.any(marks[1])
+
+
+def test_the_last_heads_are_put_in_rows_and_no_others():
+    (sums,) = normal(0, (2, 3, 2, 2, 64 * 32))
+    rows = jnp.full((2, 128, 3, 64), 7, jnp.bfloat16)
+    with mosaic.interpret():
+        found = fragments.in_rows(sums, 0.5, jnp.bfloat16, rows, last=4)
+    # The interpreter has a tile's sums row by row.
+    want = sums.reshape(2, 3, 2, 2, 64, 32).transpose(0, 2, 4, 1, 3, 5)
+    want = (want.reshape(2, 128, 3, 64) * 0.5).astype(jnp.bfloat16)
+    heads = jnp.arange(6).reshape(2, 1, 3, 1)
+    want = jnp.where(heads >= 2, want, rows)
+    np.testing.assert_array_equal(*jax.tree.map(np.asarray, (found, want)))
