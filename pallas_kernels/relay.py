@@ -46,7 +46,7 @@ class Relay:
     @property
     def ahead(self) -> int:
         """Heads from one to the one that it fills with zeros: what runs at once."""
-        return -(-PROCESSORS // self.blocks) + 1
+        return max(2, -(-PROCESSORS // self.blocks))
 
     @property
     def behind(self) -> int:
