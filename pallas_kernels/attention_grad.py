@@ -60,7 +60,7 @@ def attention_grad(
       scale: positive factor on the scores.
       query_tile: queries of one step, a divisor of `masking.query_block`: 64, or 128
         where heads, of at most 64, leave registers and shared memory for them.
-      stages: query tiles in flight.
+      stages: query tiles in flight, 2 or 3; of their cotangents there are 2.
       goes_on: the result is to be a `so_far` again, in the place of the one given.
 
     Returns:
@@ -89,7 +89,9 @@ def attention_grad(
         dq_g, dk_g, dv_g, *local = refs[9 + len(looked_up) :]
         if relay is not None:
             rows_g, marks_g, *local = local
-        k_s, v_s, q_s, do_s, row_s, ds_s, words_s, *barriers, acc_k, acc_v = local
+        k_s, v_s, q_s, do_s, row_s, ds_s, words_s, sums_s, *barriers, acc_k, acc_v = (
+            local
+        )
         k_full, v_full, full, q_free, do_free, pair = barriers
         b, head, i = (lax.axis_index(axis) for axis in ("b", "h", "k"))
         wg = lax.axis_index("wg")
@@ -128,8 +130,8 @@ def attention_grad(
                 return k_s.at[own], mosaic.transposed(q_s.at[slot])
 
             def step(j, scores, sees, d_key, d_value):
-                slot = lax.rem(j, jnp.int32(stages))
-                q, do = q_s.at[slot], do_s.at[slot]
+                slot, do_slot = lax.rem(j, jnp.int32(stages)), lax.rem(j, jnp.int32(2))
+                q, do = q_s.at[slot], do_s.at[do_slot]
 
                 def columns(which):
                     vector = mosaic.load(row_s.at[slot, which], COL)
@@ -174,7 +176,10 @@ def attention_grad(
                 def write(d_query):
                     start = sum(query_start(mosaic.again(j))) + queries.start
                     place = b, head, lax.div(start, jnp.int32(ROWS)), part
-                    fragments.add(dq_g.at[place], d_query)
+                    if sums_s is None:
+                        fragments.add(dq_g.at[place], d_query)
+                    else:
+                        fragments.send(dq_g.at[place], d_query, sums_s.at[me])
 
                 scores = products.product_beside(
                     (
@@ -185,7 +190,7 @@ def attention_grad(
                     (d_key, ds if by_rows else ds_now.at[own], q),
                     to_score(j + 1),
                     write,
-                    issued=lambda: plgpu.barrier_arrive(do_free.at[slot]),
+                    issued=lambda: plgpu.barrier_arrive(do_free.at[do_slot]),
                     ready=lambda: arrived(j + 1),
                     third_is_last=by_rows,
                 )
@@ -232,6 +237,8 @@ def attention_grad(
                     fragments.add(dk_g.at[place], d_key)
                     fragments.add(dv_g.at[place], d_value)
 
+                if sums_s is not None:
+                    fragments.sent()
                 return
             # Both have read the keys before either writes over them.
             mosaic.meet(PAIR, pair)
@@ -244,6 +251,8 @@ def attention_grad(
             plgpu.copy_smem_to_gmem(k, dk_g.at[b, rows, head])
             plgpu.copy_smem_to_gmem(v, dv_g.at[b, rows, head])
             if relay is not None:
+                if sums_s is not None:
+                    fragments.sent()
                 relay.added(marks_g, b * heads + head)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
@@ -269,7 +278,8 @@ def attention_grad(
                     plgpu.copy_gmem_to_smem(
                         delta_g.at[b, head, rows], row_s.at[slot, 1], there
                     )
-                    pl.when(again)(lambda: plgpu.barrier_wait(do_free.at[slot]))
+                    slot = lax.rem(j, jnp.int32(2))
+                    pl.when(j >= 2)(lambda: plgpu.barrier_wait(do_free.at[slot]))
                     plgpu.copy_gmem_to_smem(
                         do_g.at[b, rows, head], do_s.at[slot], there
                     )
@@ -283,14 +293,17 @@ def attention_grad(
 
                 @pl.loop(jnp.maximum(steps - stages, 0), steps)
                 def _(j):
-                    slot = lax.rem(j, jnp.int32(stages))
-                    plgpu.barrier_wait(q_free.at[slot])
-                    plgpu.barrier_wait(do_free.at[slot])
+                    plgpu.barrier_wait(q_free.at[lax.rem(j, jnp.int32(stages))])
+
+                @pl.loop(jnp.maximum(steps - 2, 0), steps)
+                def _(j):
+                    plgpu.barrier_wait(do_free.at[lax.rem(j, jnp.int32(2))])
 
         pl.when(wg < 2)(consume)
         pl.when(wg == 2)(produce)
 
     slots = functools.partial(plgpu.Barrier, num_barriers=stages)
+    sent = plgpu.SMEM((2, ROWS * columns_held), jnp.float32)
     parts = head_size // columns_held
     sums = (batch, heads, query_len // ROWS, parts, ROWS * columns_held)
     relay, rows = Relay(sums, key_len // tile, scale, dtype), ()
@@ -316,15 +329,16 @@ def attention_grad(
             mosaic.tiled((tile, head_size), dtype, swizzle),
             mosaic.tiled((tile, value_size), dtype),
             mosaic.tiled((stages, query_tile, head_size), dtype, swizzle),
-            mosaic.tiled((stages, query_tile, value_size), dtype),
+            mosaic.tiled((2, query_tile, value_size), dtype),
             plgpu.SMEM((stages, 2, query_tile), jnp.float32),
             mosaic.tiled((2, tile, query_tile), dtype, swizzle),
             plgpu.SMEM((2, words, query_tile), jnp.int32) if words else None,
+            None if by_rows or mosaic.interpreted() else sent,
             plgpu.Barrier(),
             plgpu.Barrier(),
             slots(num_arrivals=4),
             slots(num_arrivals=2),
-            slots(num_arrivals=2),
+            plgpu.Barrier(num_barriers=2, num_arrivals=2),
             mosaic.emulated(plgpu.Barrier(num_arrivals=2)),
             mosaic.emulated(plgpu.SMEM((2, ROWS, head_size), jnp.float32)),
             mosaic.emulated(plgpu.SMEM((2, ROWS, value_size), jnp.float32)),

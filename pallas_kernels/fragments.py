@@ -8,6 +8,8 @@ without a gap between threads; one pass puts the sums into rows when all are the
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -15,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, gpu, llvm, vector
+from jax._src.lib.mlir.dialects import arith, gpu, llvm, nvvm, vector
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu.utils import getelementptr, memref_ptr
 
@@ -51,6 +53,49 @@ def add(ref, x):
     run(ref, x)
 
 
+def send(ref, x, staged):
+    """`add` by way of shared memory, `64 C` floats that this warpgroup alone uses.
+
+    Registers are free at once; `sent` waits until the memory has added. The interpreter
+    lacks this.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), TILE, plgpu.RefType()))
+    def run(_, ref, x, staged):
+        with _first_thread():
+            nvvm.cp_async_bulk_wait_group(0, read=True)
+        mgpu.utils.warpgroup_barrier()  # What was there has been read.
+        for i, values in enumerate(_fours(x)):
+            llvm.store(_four(values), _step(_place(staged, 3), i), alignment=16)
+        nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
+        mgpu.utils.warpgroup_barrier()
+        with _first_thread():
+            space = llvm.PointerType.get(address_space=1)
+            size = 4 * math.prod(ref.type.shape)
+            llvm.inline_asm(
+                ir.Type.parse("!llvm.void"),
+                [llvm.addrspacecast(space, memref_ptr(ref)), memref_ptr(staged)],
+                "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 "
+                f"[$0], [$1], {size};",
+                "l,r,~{memory}",
+                has_side_effects=True,
+            )
+            nvvm.cp_async_bulk_commit_group()
+
+    run(ref, x, staged)
+
+
+def sent():
+    """Waits until all that this warpgroup sent has been added."""
+
+    @plgpu.inline_mgpu()
+    def run(_):
+        with _first_thread():
+            nvvm.cp_async_bulk_wait_group(0)
+
+    run()
+
+
 def store(ref, x):
     """Puts a tile `[64, C]` in the place of such sums."""
     if mosaic.interpreted():
@@ -61,10 +106,7 @@ def store(ref, x):
     def run(_, ref, x):
         place = _place(ref)
         for i, values in enumerate(_fours(x)):
-            four = vector.from_elements(
-                ir.VectorType.get((4,), ir.F32Type.get()), values
-            )
-            llvm.store(four, _step(place, i), alignment=16)
+            llvm.store(_four(values), _step(place, i), alignment=16)
 
     run(ref, x)
 
@@ -146,14 +188,24 @@ def in_rows(
     return rows
 
 
-def _place(ref):
+def _place(ref, space=1):
     """Where this thread's first 16 bytes are."""
+    place = memref_ptr(ref)
+    if place.type.address_space != space:
+        place = llvm.addrspacecast(llvm.PointerType.get(address_space=space), place)
+    four = ir.VectorType.get((4,), ir.F32Type.get())
+    return getelementptr(place, [_thread()], four)
+
+
+def _thread():
     i32 = ir.IntegerType.get_signless(32)
     thread = arith.index_cast(i32, gpu.thread_id(gpu.Dimension.x))
-    thread = arith.remui(thread, _constant(128))
-    place = llvm.addrspacecast(llvm.PointerType.get(address_space=1), memref_ptr(ref))
-    four = ir.VectorType.get((4,), ir.F32Type.get())
-    return getelementptr(place, [thread], four)
+    return arith.remui(thread, _constant(128))
+
+
+def _first_thread():
+    is_first = arith.cmpi(arith.CmpIPredicate.eq, _thread(), _constant(0))
+    return mgpu.utils.when(is_first)
 
 
 def _step(place, i):
@@ -165,6 +217,10 @@ def _fours(x):
     """The numbers that a thread holds, four at a time."""
     for pairs in x.registers.reshape(-1, 2):
         yield [_element(pair, i) for pair in pairs for i in range(2)]
+
+
+def _four(values):
+    return vector.from_elements(ir.VectorType.get((4,), ir.F32Type.get()), values)
 
 
 def _element(values, i):
