@@ -75,13 +75,14 @@ def compiler_params() -> plgpu.CompilerParams:
 
 def call(body, inputs, outputs, *, scratch, **mesh):
     """`plgpu.kernel` of `body(*inputs, *outputs, *scratch)`."""
-    return plgpu.kernel(
-        body,
-        out_type=outputs,
-        scratch_types=scratch,
-        compiler_params=compiler_params(),
-        **mesh,
-    )(*inputs)
+    with _counted_in_32_bits():
+        return plgpu.kernel(
+            body,
+            out_type=outputs,
+            scratch_types=scratch,
+            compiler_params=compiler_params(),
+            **mesh,
+        )(*inputs)
 
 
 def call_in_place(body, inputs, outputs, *, scratch, **mesh):
@@ -108,7 +109,13 @@ def call_in_place(body, inputs, outputs, *, scratch, **mesh):
                     collective_axes=mesh.get("thread_name", ()),
                 )
 
-    return pl.run_state(run)((*inputs, *outputs))[len(inputs) :]
+    with _counted_in_32_bits():
+        return pl.run_state(run)((*inputs, *outputs))[len(inputs) :]
+
+
+def _counted_in_32_bits():
+    """Inside, loops and grids count in int32, also where the caller enabled x64."""
+    return jax.enable_x64(False)
 
 
 def tiled(shape, dtype, swizzle: int | None = None):

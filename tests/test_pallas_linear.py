@@ -117,6 +117,12 @@ def test_matches_the_reference(name):
         )
 
 
+@pytest.mark.parametrize("name", ["per head, ragged", "per token", "per channel"])
+def test_lowers_where_numbers_have_64_bits(name):
+    with jax.enable_x64(True):
+        assert calls(attention("pallas"), *arrays(name)) > 0
+
+
 @SLOW
 @pytest.mark.parametrize("name", IN_PIECES)
 def test_a_sequence_in_pieces_is_the_whole(name, monkeypatch):

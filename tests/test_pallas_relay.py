@@ -1,11 +1,14 @@
 """Sums of gradients that other heads' blocks of threads fill and put in rows."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import normal
 
+import attnx
 from pallas_kernels import fragments, mosaic
 from pallas_kernels.relay import Relay
 from pallas_kernels.turns import PROCESSORS
@@ -51,3 +54,17 @@ def test_the_last_heads_are_put_in_rows_and_no_others():
     heads = jnp.arange(6).reshape(2, 1, 3, 1)
     want = jnp.where(heads >= 2, want, rows)
     np.testing.assert_array_equal(*jax.tree.map(np.asarray, (found, want)))
+
+
+def test_many_heads_lower_where_numbers_have_64_bits():
+    tokens = jax.ShapeDtypeStruct((3, 1024, 16, 128), jnp.bfloat16)
+    attention = functools.partial(attnx.dot_product_attention, implementation="pallas")
+
+    def loss(*tokens):
+        return attention(*tokens).astype(jnp.float32).sum()
+
+    with jax.enable_x64(True):
+        traced = jax.jit(jax.grad(loss)).trace(tokens, tokens, tokens)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    # Only the first heads' sums are filled before the kernel.
+    assert "tensor<17x16x2x4096xf32>" in text
