@@ -76,6 +76,7 @@ class Relay:
         @plgpu.inline_mgpu(arg_types=(_REF,))
         def run(_, mark):
             _wait(memref_ptr(mark), self.blocks)
+            _asm("fence.proxy.async.global;")  # The copy engine adds to them.
 
         run(marks.at[0, head])
 
