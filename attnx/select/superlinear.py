@@ -296,7 +296,8 @@ def _attend_spans(query, key, value, spans, longest, scale):
         begin = jnp.clip(first, 0, key_len - longest)
 
         def cut(x, head, begin):
-            x = jax.lax.dynamic_slice(x, (begin, head, 0), (longest, 1, x.shape[2]))
+            start = begin, head, jnp.zeros_like(begin)
+            x = jax.lax.dynamic_slice(x, start, (longest, 1, x.shape[2]))
             return x[:, 0].astype(dtype)
 
         for axis in (None, None, 0):

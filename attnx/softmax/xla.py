@@ -259,11 +259,11 @@ class _Cut:
             0,
         )
         sizes = (self.inner_batch, self.block_q, self.inner_heads, x.shape[-1])
-        x = jnp.swapaxes(lax.dynamic_slice(x, start, sizes), 1, 2)
+        x = jnp.swapaxes(_slice(x, start, sizes), 1, 2)
         return x.reshape(self.inner_batch, self.key_heads, -1, *x.shape[2:])
 
     def keys(self, x, item, strip):
-        parts = [lax.dynamic_slice(x, *self._at(x, item, j)) for j in strip[0]]
+        parts = [_slice(x, *self._at(x, item, j)) for j in strip[0]]
         return jnp.concatenate(parts, 1)
 
     def add_keys(self, total, item, strip, update):
@@ -289,7 +289,7 @@ class _Cut:
         return start, (self.inner_batch, self.block_k, self.key_heads, x.shape[-1])
 
     def _bias(self, bias, item, j):
-        return lax.dynamic_slice(bias, *self._bias_at(bias, item, j))
+        return _slice(bias, *self._bias_at(bias, item, j)).astype(self.dtype)
 
     def _bias_at(self, bias, item, j):
         batch, head, block = item
@@ -314,9 +314,18 @@ def _dot(equation, x, y, dtype):
     return jnp.einsum(equation, x.astype(y.dtype), y, preferred_element_type=dtype)
 
 
+def _slice(x, start, sizes):
+    return lax.dynamic_slice(x, _int32(start), sizes)
+
+
 def _add(total, update, start, sizes):
-    old = lax.dynamic_slice(total, start, sizes)
-    return lax.dynamic_update_slice(total, old + update.astype(total.dtype), start)
+    update = _slice(total, start, sizes) + update.astype(total.dtype)
+    return lax.dynamic_update_slice(total, update, _int32(start))
+
+
+def _int32(start):
+    """Indices of one type: constants are longer than those of lists in x64 mode."""
+    return [jnp.asarray(i, jnp.int32) for i in start]
 
 
 def _crop(padded, like):
