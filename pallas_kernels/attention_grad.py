@@ -20,6 +20,7 @@ from pallas_kernels.masking import ROWS, Lists, Masking, Sees, Visits
 from pallas_kernels.mosaic import COL, LOG2E
 from pallas_kernels.relay import Relay
 
+COTANGENTS = 2  # Their tiles in flight.
 PAIR = 6  # Named barrier on which the two warpgroups meet.
 
 
@@ -60,7 +61,7 @@ def attention_grad(
       scale: positive factor on the scores.
       query_tile: queries of one step, a divisor of `masking.query_block`: 64, or 128
         where heads, of at most 64, leave registers and shared memory for them.
-      stages: query tiles in flight, 2 or 3; of their cotangents there are 2.
+      stages: query tiles in flight, 2 or 3.
       goes_on: the result is to be a `so_far` again, in the place of the one given.
 
     Returns:
@@ -82,6 +83,11 @@ def attention_grad(
     log2_scale = scale * LOG2E
     swizzle = mosaic.swizzle_of(columns_held, dtype)
     words = len(masking.predicate.words) if masking.predicate else 0
+    parts = head_size // columns_held
+    sums = (batch, heads, query_len // ROWS, parts, ROWS * columns_held)
+    relay = Relay(sums, key_len // tile, scale, dtype)
+    if so_far is not None or not relay.pays:
+        relay = None
 
     def body(*refs):
         q_g, k_g, v_g, do_g, lse_g, delta_g, *lists_g = refs[:9]
@@ -130,7 +136,8 @@ def attention_grad(
                 return k_s.at[own], mosaic.transposed(q_s.at[slot])
 
             def step(j, scores, sees, d_key, d_value):
-                slot, do_slot = lax.rem(j, jnp.int32(stages)), lax.rem(j, jnp.int32(2))
+                slot = lax.rem(j, jnp.int32(stages))
+                do_slot = lax.rem(j, jnp.int32(COTANGENTS))
                 q, do = q_s.at[slot], do_s.at[do_slot]
 
                 def columns(which):
@@ -237,8 +244,7 @@ def attention_grad(
                     fragments.add(dk_g.at[place], d_key)
                     fragments.add(dv_g.at[place], d_value)
 
-                if sums_s is not None:
-                    fragments.sent()
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 return
             # Both have read the keys before either writes over them.
             mosaic.meet(PAIR, pair)
@@ -251,8 +257,8 @@ def attention_grad(
             plgpu.copy_smem_to_gmem(k, dk_g.at[b, rows, head])
             plgpu.copy_smem_to_gmem(v, dv_g.at[b, rows, head])
             if relay is not None:
-                if sums_s is not None:
-                    fragments.sent()
+                if sums_s is not None:  # What the copy engine adds.
+                    plgpu.wait_smem_to_gmem(0)
                 relay.added(marks_g, b * heads + head)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
@@ -278,8 +284,10 @@ def attention_grad(
                     plgpu.copy_gmem_to_smem(
                         delta_g.at[b, head, rows], row_s.at[slot, 1], there
                     )
-                    slot = lax.rem(j, jnp.int32(2))
-                    pl.when(j >= 2)(lambda: plgpu.barrier_wait(do_free.at[slot]))
+                    slot = lax.rem(j, jnp.int32(COTANGENTS))
+                    pl.when(j >= COTANGENTS)(
+                        lambda: plgpu.barrier_wait(do_free.at[slot])
+                    )
                     plgpu.copy_gmem_to_smem(
                         do_g.at[b, rows, head], do_s.at[slot], there
                     )
@@ -291,24 +299,18 @@ def attention_grad(
                 plgpu.copy_gmem_to_smem(v_g.at[b, keys, kv_head], v_s, v_full)
                 pl.loop(1, steps)(copy)
 
-                @pl.loop(jnp.maximum(steps - stages, 0), steps)
-                def _(j):
-                    plgpu.barrier_wait(q_free.at[lax.rem(j, jnp.int32(stages))])
+                for free, count in ((q_free, stages), (do_free, COTANGENTS)):
 
-                @pl.loop(jnp.maximum(steps - 2, 0), steps)
-                def _(j):
-                    plgpu.barrier_wait(do_free.at[lax.rem(j, jnp.int32(2))])
+                    @pl.loop(jnp.maximum(steps - count, 0), steps)
+                    def _(j, free=free, count=count):
+                        plgpu.barrier_wait(free.at[lax.rem(j, jnp.int32(count))])
 
         pl.when(wg < 2)(consume)
         pl.when(wg == 2)(produce)
 
     slots = functools.partial(plgpu.Barrier, num_barriers=stages)
     sent = plgpu.SMEM((2, ROWS * columns_held), jnp.float32)
-    parts = head_size // columns_held
-    sums = (batch, heads, query_len // ROWS, parts, ROWS * columns_held)
-    relay, rows = Relay(sums, key_len // tile, scale, dtype), ()
-    if so_far is not None or not relay.pays:
-        relay = None
+    rows = ()
     if so_far is None:
         if relay is None:
             d_query = jnp.zeros(sums, jnp.float32)
@@ -329,7 +331,7 @@ def attention_grad(
             mosaic.tiled((tile, head_size), dtype, swizzle),
             mosaic.tiled((tile, value_size), dtype),
             mosaic.tiled((stages, query_tile, head_size), dtype, swizzle),
-            mosaic.tiled((2, query_tile, value_size), dtype),
+            mosaic.tiled((COTANGENTS, query_tile, value_size), dtype),
             plgpu.SMEM((stages, 2, query_tile), jnp.float32),
             mosaic.tiled((2, tile, query_tile), dtype, swizzle),
             plgpu.SMEM((2, words, query_tile), jnp.int32) if words else None,
@@ -338,7 +340,7 @@ def attention_grad(
             plgpu.Barrier(),
             slots(num_arrivals=4),
             slots(num_arrivals=2),
-            plgpu.Barrier(num_barriers=2, num_arrivals=2),
+            plgpu.Barrier(num_barriers=COTANGENTS, num_arrivals=2),
             mosaic.emulated(plgpu.Barrier(num_arrivals=2)),
             mosaic.emulated(plgpu.SMEM((2, ROWS, head_size), jnp.float32)),
             mosaic.emulated(plgpu.SMEM((2, ROWS, value_size), jnp.float32)),

@@ -56,25 +56,21 @@ def add(ref, x):
 def send(ref, x, staged):
     """`add` by way of shared memory, `64 C` floats that this warpgroup alone uses.
 
-    Registers are free at once; `sent` waits until the memory has added. The interpreter
-    lacks this.
+    Registers are free at once; the memory has added after `wait_smem_to_gmem`. The
+    interpreter lacks this.
     """
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # For what was there before.
+    store(staged, x)
+    plgpu.commit_smem()
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), TILE, plgpu.RefType()))
-    def run(_, ref, x, staged):
-        with _first_thread():
-            nvvm.cp_async_bulk_wait_group(0, read=True)
-        mgpu.utils.warpgroup_barrier()  # What was there has been read.
-        for i, values in enumerate(_fours(x)):
-            llvm.store(_four(values), _step(_place(staged, 3), i), alignment=16)
-        nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
-        mgpu.utils.warpgroup_barrier()
-        with _first_thread():
-            space = llvm.PointerType.get(address_space=1)
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+    def run(_, ref, staged):
+        is_first = arith.cmpi(arith.CmpIPredicate.eq, _thread(), _constant(0))
+        with mgpu.utils.when(is_first):
             size = 4 * math.prod(ref.type.shape)
             llvm.inline_asm(
                 ir.Type.parse("!llvm.void"),
-                [llvm.addrspacecast(space, memref_ptr(ref)), memref_ptr(staged)],
+                [_pointer(ref), _pointer(staged)],
                 "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 "
                 f"[$0], [$1], {size};",
                 "l,r,~{memory}",
@@ -82,18 +78,7 @@ def send(ref, x, staged):
             )
             nvvm.cp_async_bulk_commit_group()
 
-    run(ref, x, staged)
-
-
-def sent():
-    """Waits until all that this warpgroup sent has been added."""
-
-    @plgpu.inline_mgpu()
-    def run(_):
-        with _first_thread():
-            nvvm.cp_async_bulk_wait_group(0)
-
-    run()
+    run(ref, staged)
 
 
 def store(ref, x):
@@ -188,24 +173,23 @@ def in_rows(
     return rows
 
 
-def _place(ref, space=1):
+def _place(ref):
     """Where this thread's first 16 bytes are."""
-    place = memref_ptr(ref)
-    if place.type.address_space != space:
-        place = llvm.addrspacecast(llvm.PointerType.get(address_space=space), place)
     four = ir.VectorType.get((4,), ir.F32Type.get())
-    return getelementptr(place, [_thread()], four)
+    return getelementptr(_pointer(ref), [_thread()], four)
+
+
+def _pointer(ref):
+    place = memref_ptr(ref)
+    if place.type.address_space:  # That of shared memory.
+        return place
+    return llvm.addrspacecast(llvm.PointerType.get(address_space=1), place)
 
 
 def _thread():
     i32 = ir.IntegerType.get_signless(32)
     thread = arith.index_cast(i32, gpu.thread_id(gpu.Dimension.x))
     return arith.remui(thread, _constant(128))
-
-
-def _first_thread():
-    is_first = arith.cmpi(arith.CmpIPredicate.eq, _thread(), _constant(0))
-    return mgpu.utils.when(is_first)
 
 
 def _step(place, i):

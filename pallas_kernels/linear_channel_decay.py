@@ -141,11 +141,8 @@ def linear_channel_scan(
             def publish(state):
                 own = own_columns()
                 for tile, x in zip(tiles, state, strict=True):
-                    shared.store_matrices(
-                        state_s.at[tile, own],
-                        x.astype(dtype),
-                        swizzle,
-                    )
+                    x = x.astype(dtype)
+                    shared.store_matrices(state_s.at[tile, own], x, swizzle)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(written)
                 plgpu.barrier_wait(written)

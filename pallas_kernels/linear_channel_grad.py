@@ -232,11 +232,8 @@ def linear_channel_grad(
                 """For both to read."""
                 own = columns_of(mosaic.again(wg))
                 for tile, x in zip(tiles, d_state, strict=True):
-                    shared.store_matrices(
-                        d_state_s.at[tile, own],
-                        x.astype(dtype),
-                        swizzle,
-                    )
+                    x = x.astype(dtype)
+                    shared.store_matrices(d_state_s.at[tile, own], x, swizzle)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(written)
                 plgpu.barrier_wait(written)

@@ -258,10 +258,11 @@ def ref_type(ref):
     base = ref
     while hasattr(base, "ref"):
         base = base.ref
-    return _tiled_type(swizzle_of(base.shape[-1], base.dtype), base.dtype)
+    return tiled_type(swizzle_of(base.shape[-1], base.dtype), base.dtype)
 
 
-def _tiled_type(swizzle, dtype):
+def tiled_type(swizzle, dtype):
+    """The same of memory made with that swizzle."""
     columns = swizzle // jnp.dtype(dtype).itemsize
     return plgpu.RefType(
         (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle))

@@ -18,34 +18,22 @@ from pallas_kernels.mosaic import TILE, interpreted, plain, ref_type
 
 def product(a, b, *, after=lambda: None):
     """`a b` for shared memory `a` and `b`; `after` runs while it is computed."""
+    return product_while(a, b, after)[0]
+
+
+def product_while(a, b, work):
+    """`a b`, and `work()`, which runs while it is computed."""
     if interpreted():
         result = plain(a) @ plain(b)
         plgpu.commit_smem()
-        after()
-        return result
+        return result, work()
 
-    def issue(acc):
+    def run(acc):
         plgpu.wgmma(acc, a, b)
-        after()
-        return acc[...]
+        done = work()
+        return plgpu.wgmma_accumulator_load(acc, wait_n=0), done
 
-    return pl.run_scoped(issue, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
-
-
-def sum_of_products(*pairs):
-    """The sum of `a b` for pairs in shared memory."""
-    if interpreted():
-        result = sum(plain(a) @ plain(b) for a, b in pairs)
-        plgpu.commit_smem()
-        return result
-
-    def issue(acc):
-        for a, b in pairs:
-            plgpu.wgmma(acc, a, b)
-        return acc[...]
-
-    (a, b), *_ = pairs
-    return pl.run_scoped(issue, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+    return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
 
 
 def accumulated(acc, a, *bs):
@@ -189,21 +177,6 @@ def in_turn(operands, take, carry):
         return pl.run_scoped(issue, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
 
     return run(0, None, carry)
-
-
-def product_while(a, b, work):
-    """`a b`, and `work()`, which runs while it is computed."""
-    if interpreted():
-        result = plain(a) @ plain(b)
-        plgpu.commit_smem()
-        return result, work()
-
-    def run(acc):
-        plgpu.wgmma(acc, a, b)
-        done = work()
-        return plgpu.wgmma_accumulator_load(acc, wait_n=0), done
-
-    return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
 
 
 def product_before(first, second):

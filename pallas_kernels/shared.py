@@ -20,7 +20,7 @@ from jax._src.lib.mlir.dialects import arith, llvm
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu.utils import getelementptr, memref_ptr
 
-from pallas_kernels.mosaic import ROW, TILE, interpreted
+from pallas_kernels.mosaic import ROW, TILE, interpreted, tiled_type
 
 _ROWS = 64
 
@@ -33,7 +33,7 @@ def store(ref, x, swizzle: int | None = None):
     if interpreted():
         ref[...] = x
         return
-    kind = plgpu.RefType() if swizzle is None else _tiled(swizzle, x.dtype)
+    kind = plgpu.RefType() if swizzle is None else tiled_type(swizzle, x.dtype)
 
     @plgpu.inline_mgpu(arg_types=(kind, TILE))
     def run(_, ref, x):
@@ -52,7 +52,7 @@ def store_matrices(ref, x, swizzle: int):
         ref[...] = x
         return
 
-    @plgpu.inline_mgpu(arg_types=(_tiled(swizzle, x.dtype), TILE))
+    @plgpu.inline_mgpu(arg_types=(tiled_type(swizzle, x.dtype), TILE))
     def run(_, ref, x):
         places = _rows_of_matrices([ref], x.shape[1], swizzle)
         for place, four in zip(places, x.registers.reshape(-1, 4), strict=True):
@@ -73,7 +73,7 @@ def load(ref, swizzle: int):
         return ref[...]
     result = plgpu.ShapeDtypeStruct(ref.shape, ref.dtype, layout=TILE)
 
-    @plgpu.inline_mgpu(arg_types=(_tiled(swizzle, ref.dtype),), return_type=result)
+    @plgpu.inline_mgpu(arg_types=(tiled_type(swizzle, ref.dtype),), return_type=result)
     def run(_, ref):
         if _is_of_matrices(ref):
             return _loaded([ref], result.shape, swizzle)
@@ -89,7 +89,7 @@ def load_alternating(even, odd, run_length_log2, swizzle: int):
     if interpreted():
         row = lax.broadcasted_iota(jnp.int32, shape, 0)
         return jnp.where((row >> n) & 1 == 1, odd[...], even[...])
-    kind = _tiled(swizzle, even.dtype)
+    kind = tiled_type(swizzle, even.dtype)
 
     @plgpu.inline_mgpu(
         arg_types=(kind, kind, plgpu.Layout.WG_SPLAT),
@@ -245,13 +245,6 @@ def _tile(shape, pairs):
 def _is_of_matrices(ref):
     kind = ir.MemRefType(ref.type).element_type
     return isinstance(kind, ir.BF16Type | ir.F16Type)
-
-
-def _tiled(swizzle, dtype):
-    columns = swizzle // jnp.dtype(dtype).itemsize
-    return plgpu.RefType(
-        (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle))
-    )
 
 
 @contextlib.contextmanager
