@@ -21,6 +21,7 @@ from pallas_kernels.mosaic import COL, LOG2E
 from pallas_kernels.relay import Relay
 
 COTANGENTS = 2  # Their tiles in flight.
+HELD = 64  # Columns of the values that wider heads keep in registers.
 PAIR = 6  # Named barrier on which the two warpgroups meet.
 
 
@@ -82,6 +83,9 @@ def attention_grad(
     columns_held = head_size if by_rows else head_size // 2
     log2_scale = scale * LOG2E
     swizzle = mosaic.swizzle_of(columns_held, dtype)
+    # A product of two tiles in shared memory reads all that this gives in the time, and
+    # what else reads or writes there waits.
+    columns_of_v = min(value_size, HELD)
     words = len(masking.predicate.words) if masking.predicate else 0
     parts = head_size // columns_held
     sums = (batch, heads, query_len // ROWS, parts, ROWS * columns_held)
@@ -135,7 +139,26 @@ def attention_grad(
                 own = pl.ds(mosaic.again(wg) * ROWS, ROWS)
                 return k_s.at[own], mosaic.transposed(q_s.at[slot])
 
-            def step(j, scores, sees, d_key, d_value):
+            def hold():
+                """The columns of the values that have registers, if any have."""
+                if by_rows:
+                    return None
+                part = v_s.at[pl.ds(wg * ROWS, ROWS), pl.ds(0, columns_of_v)]
+                return shared.load(part, mosaic.swizzle_of(value_size, dtype))
+
+            def to_share(do, held):
+                """The tiles whose products add up to the probabilities' gradients."""
+                own = pl.ds(mosaic.again(wg) * ROWS, ROWS)
+                if held is None:
+                    return [(v_s.at[own], mosaic.transposed(do))]
+                pairs = [(held, mosaic.transposed(do.at[:, pl.ds(0, columns_of_v)]))]
+                if columns_of_v < value_size:
+                    rest = pl.ds(columns_of_v, value_size - columns_of_v)
+                    rest = v_s.at[own, rest], mosaic.transposed(do.at[:, rest])
+                    pairs.append(rest)
+                return pairs
+
+            def step(j, scores, sees, held, d_key, d_value):
                 slot = lax.rem(j, jnp.int32(stages))
                 do_slot = lax.rem(j, jnp.int32(COTANGENTS))
                 q, do = q_s.at[slot], do_s.at[do_slot]
@@ -152,17 +175,16 @@ def attention_grad(
                         p = jnp.where(sees(*query_start(j)), p, 0.0)
                     return p
 
-                me = mosaic.again(wg)
-                to_share = v_s.at[pl.ds(me * ROWS, ROWS)], mosaic.transposed(do)
                 if by_rows:
-                    dp, p = products.product_while(*to_share, probabilities)
+                    (pair_of_dp,) = to_share(do, held)
+                    dp, p = products.product_while(*pair_of_dp, probabilities)
                     products.add_product(d_value, p.astype(dtype), do)
                 else:
                     # The memory still reads the registers that this product needs,
                     # those of the last gradients of queries: exponentials come first.
                     p = probabilities()
                     adds = d_value, p.astype(dtype), do
-                    dp = products.product_before(to_share, adds)
+                    dp = products.products_before(to_share(do, held), adds)
                     # What came before these products is done.
                     pl.when(j > 0)(lambda: release(j + stages - 1))
                 ds = (p * (dp - columns(1))).astype(dtype)
@@ -206,12 +228,14 @@ def attention_grad(
                 return scores
 
             def walk(d_key, d_value):
-                run = functools.partial(step, d_key=d_key, d_value=d_value)
                 partial = jnp.int32(0)
                 plgpu.barrier_wait(k_full)
                 arrived(partial)
                 scores = products.product(*to_score(partial))
                 plgpu.barrier_wait(v_full)
+                run = functools.partial(
+                    step, held=hold(), d_key=d_key, d_value=d_value
+                )
                 if masking.predicate is not None:
                     sees = Sees(
                         masking.predicate,

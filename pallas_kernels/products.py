@@ -179,25 +179,29 @@ def in_turn(operands, take, carry):
     return run(0, None, carry)
 
 
-def product_before(first, second):
-    """`a b`; `acc += c d`, which comes after it, may go on: see `wait`.
+def products_before(firsts, second):
+    """The sum of `a b`; `acc += c d`, which comes after them, may go on.
+
+    See `wait_for_products`.
 
     Args:
-      first: `(a, b)` in shared memory.
+      firsts: each `(a, b)` in shared memory, `a` there or in registers.
       second: `(acc, c, d)`.
     """
-    (a, b), (acc, c, d) = first, second
+    acc, c, d = second
     if interpreted():
-        result = plain(a) @ plain(b)
+        result = sum(plain(a) @ plain(b) for a, b in firsts)
         plgpu.commit_smem()
         add_product(acc, c, d)
         return result
 
     def run(left):
-        plgpu.wgmma(left, a, b)
+        for a, b in firsts:
+            plgpu.wgmma(left, a, b)
         plgpu.wgmma(acc, c, d)
         return plgpu.wgmma_accumulator_load(left, wait_n=1)
 
+    a, b = firsts[0]
     return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
 
 
@@ -212,7 +216,7 @@ def product_beside(first, second, third, write, *, issued, ready, third_is_last)
       issued: runs when `a b` is on its way and the products before it are done.
       ready: runs after that, before `e f` is begun.
       third_is_last: whether it comes after the second product, which is then done when
-        this returns, or before it, so that the second may go on: see `wait`.
+        this returns, or before it, so that the second may go on as in `products_before`.
 
     Returns:
       `e f`.

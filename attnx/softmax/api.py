@@ -250,8 +250,8 @@ def neighborhood_attention(
     )
     # In tile order a block of the score matrix is a box against a box.
     orders = {
-        "xla": TileOrder(axes, choose_tile(axes)),
-        "pallas": TileOrder(axes, _whole_block(best_tile(axes))),
+        "xla": TileOrder.of(axes, choose_tile(axes)),
+        "pallas": TileOrder.of(axes, _whole_block(best_tile(axes))),
     }
     out, lse = run(flat(query), flat(key), flat(value), mask=mask, orders=orders)
     out, lse = (x.reshape(*query.shape[:-1], *x.shape[3:]) for x in (out, lse))
