@@ -19,6 +19,7 @@ from pallas_kernels import fragments, mosaic, products, shared
 from pallas_kernels.masking import ROWS, Lists, Masking, Sees, Visits
 from pallas_kernels.mosaic import COL, LOG2E
 from pallas_kernels.relay import Relay
+from pallas_kernels.rows import scatter
 
 COTANGENTS = 2  # Their tiles in flight.
 HELD = 64  # Columns of the values that wider heads keep in registers.
@@ -35,11 +36,13 @@ def attention_grad(
     so_far: tuple[jax.Array, jax.Array, jax.Array] | None,
     lists: Lists,
     looked_up: list[jax.Array],
+    places: jax.Array | None,
     masking: Masking,
     *,
     scale: float,
     query_tile: int,
     stages: int,
+    length: int | None = None,
     goes_on: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of `attention`.
@@ -58,11 +61,14 @@ def attention_grad(
         and `[B, K, S / 64, 64 V]`.
       lists: the query blocks that visit each key block.
       looked_up: the arrays of `predicate.trace`.
+      places: where the results of as many queries as keys belong, int32 `[1, T]`, a
+        negative number for nowhere; by default they stay in order.
       masking: the blocks' sizes and the predicate.
       scale: positive factor on the scores.
       query_tile: queries of one step, a divisor of `masking.query_block`: 64, or 128
         where heads, of at most 64, leave registers and shared memory for them.
       stages: query tiles in flight, 2 or 3.
+      length: tokens of the results where `places` are given.
       goes_on: the result is to be a `so_far` again, in the place of the one given.
 
     Returns:
@@ -83,20 +89,27 @@ def attention_grad(
     columns_held = head_size if by_rows else head_size // 2
     log2_scale = scale * LOG2E
     swizzle = mosaic.swizzle_of(columns_held, dtype)
+    swizzle_of_v = mosaic.swizzle_of(value_size, dtype)
     # A product of two tiles in shared memory reads all that this gives in the time, and
     # what else reads or writes there waits.
     columns_of_v = min(value_size, HELD)
     words = len(masking.predicate.words) if masking.predicate else 0
     parts = head_size // columns_held
     sums = (batch, heads, query_len // ROWS, parts, ROWS * columns_held)
-    relay = Relay(sums, key_len // tile, scale, dtype)
+    length, key_rows = length or query_len, length or key_len
+    relay = Relay(sums, key_len // tile, scale, dtype, length)
     if so_far is not None or not relay.pays:
         relay = None
 
     def body(*refs):
         q_g, k_g, v_g, do_g, lse_g, delta_g, *lists_g = refs[:9]
         looked_up_g = refs[9 : 9 + len(looked_up)]
-        dq_g, dk_g, dv_g, *local = refs[9 + len(looked_up) :]
+        rest = refs[9 + len(looked_up) :]
+        places_g = None
+        if places is not None:
+            places_g, *rest = rest
+            places_g = places_g.at[0]
+        dq_g, dk_g, dv_g, *local = rest
         if relay is not None:
             rows_g, marks_g, *local = local
         k_s, v_s, q_s, do_s, row_s, ds_s, words_s, sums_s, *barriers, acc_k, acc_v = (
@@ -144,7 +157,7 @@ def attention_grad(
                 if by_rows:
                     return None
                 part = v_s.at[pl.ds(wg * ROWS, ROWS), pl.ds(0, columns_of_v)]
-                return shared.load(part, mosaic.swizzle_of(value_size, dtype))
+                return shared.load(part, swizzle_of_v)
 
             def to_share(do, held):
                 """The tiles whose products add up to the probabilities' gradients."""
@@ -233,9 +246,7 @@ def attention_grad(
                 arrived(partial)
                 scores = products.product(*to_score(partial))
                 plgpu.barrier_wait(v_full)
-                run = functools.partial(
-                    step, held=hold(), d_key=d_key, d_value=d_value
-                )
+                run = functools.partial(step, held=hold(), d_key=d_key, d_value=d_value)
                 if masking.predicate is not None:
                     sees = Sees(
                         masking.predicate,
@@ -276,10 +287,14 @@ def attention_grad(
             k, v = k_s.at[pl.ds(first_row, ROWS)], v_s.at[pl.ds(first_row, ROWS)]
             k[...] = (d_key * scale).astype(dtype)
             v[...] = d_value.astype(dtype)
-            plgpu.commit_smem()
             rows = pl.ds(start + first_row, ROWS)
-            plgpu.copy_smem_to_gmem(k, dk_g.at[b, rows, head])
-            plgpu.copy_smem_to_gmem(v, dv_g.at[b, rows, head])
+            if places_g is None:
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(k, dk_g.at[b, rows, head])
+                plgpu.copy_smem_to_gmem(v, dv_g.at[b, rows, head])
+            else:
+                for x, to, swizzled in ((k, dk_g, swizzle), (v, dv_g, swizzle_of_v)):
+                    scatter(x, places_g.at[rows], to.at[b, :, head], swizzled)
             if relay is not None:
                 if sums_s is not None:  # What the copy engine adds.
                     plgpu.wait_smem_to_gmem(0)
@@ -289,7 +304,7 @@ def attention_grad(
         def produce():
             plgpu.set_max_registers(24, action="decrease")
             if relay is not None:
-                relay.serve(dq_g, rows_g, marks_g, b * heads + head, i)
+                relay.serve(dq_g, rows_g, marks_g, places_g, b * heads + head, i)
 
             @mosaic.by_one_warp
             def _():
@@ -332,6 +347,9 @@ def attention_grad(
         pl.when(wg < 2)(consume)
         pl.when(wg == 2)(produce)
 
+    inputs = query, key, value, d_out, lse, delta, *lists, *looked_up
+    if places is not None:
+        inputs = *inputs, places
     slots = functools.partial(plgpu.Barrier, num_barriers=stages)
     sent = plgpu.SMEM((2, ROWS * columns_held), jnp.float32)
     rows = ()
@@ -341,7 +359,7 @@ def attention_grad(
         else:
             d_query, *rows = relay.begin()
         d_key, d_value = (
-            lax.empty((batch, key_len, heads, size), dtype)
+            lax.empty((batch, key_rows, heads, size), dtype)
             for size in (head_size, value_size)
         )
     else:
@@ -349,7 +367,7 @@ def attention_grad(
         d_query = d_query.reshape(sums)
     d_query, d_key, d_value, *rows = mosaic.call_in_place(
         body,
-        (query, key, value, d_out, lse, delta, *lists, *looked_up),
+        inputs,
         (d_query, d_key, d_value, *rows),
         scratch=[
             mosaic.tiled((tile, head_size), dtype, swizzle),
@@ -382,5 +400,7 @@ def attention_grad(
         d_key = fragments.in_rows(d_key[:, :, :, None], scale, dtype)
         d_value = fragments.in_rows(d_value[:, :, :, None], 1.0, dtype)
     if relay is not None:
-        return relay.end(d_query, rows[0]), d_key, d_value
-    return fragments.in_rows(d_query, scale, dtype), d_key, d_value
+        return relay.end(d_query, rows[0], places), d_key, d_value
+    empty = lax.empty((batch, length, heads, head_size), dtype)
+    d_query = fragments.in_rows(d_query, scale, dtype, empty, places=places)
+    return d_query, d_key, d_value

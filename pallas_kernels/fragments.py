@@ -23,6 +23,7 @@ from jax.experimental.mosaic.gpu.utils import getelementptr, memref_ptr
 
 from pallas_kernels import mosaic
 from pallas_kernels.mosaic import TILE
+from pallas_kernels.rows import scatter
 
 ROWS = 64
 _STEP = 128 * 16  # Bytes that a warpgroup's threads hold of 8 columns.
@@ -131,6 +132,7 @@ def in_rows(
     dtype,
     rows: jax.Array | None = None,
     last: int | None = None,
+    places: jax.Array | None = None,
 ) -> jax.Array:
     """Puts sums into rows.
 
@@ -138,32 +140,40 @@ def in_rows(
       sums: float32 `[B, N, tiles, parts, 64 C]`, each of `parts` a tile of C columns.
       scale: factor on them.
       dtype: of the result.
-      rows: where they are put, by default in a new array.
+      rows: where they are put, by default in a new array of the same rows.
       last: only so many of all heads, the last ones.
+      places: int32 `[1, 64 tiles]`, where among the given rows each belongs, or a
+        negative number, by default its own.
 
     Returns:
-      `[B, 64 tiles, N, parts C]`.
+      `[B, length, N, parts C]`.
     """
     batch, heads, tiles, parts, size = sums.shape
     columns = size // ROWS
     if rows is None:
         rows = lax.empty((batch, tiles * ROWS, heads, parts * columns), dtype)
 
-    def body(sums_g, out_g, out_s):
+    def body(sums_g, *refs):
+        *places_g, out_g, out_s = refs
         # What was added last is in the cache still.
         at = batch * heads - 1 - lax.axis_index("bh")
         b, head = lax.div(at, jnp.int32(heads)), lax.rem(at, jnp.int32(heads))
         i, part = (lax.axis_index(axis) for axis in ("q", "part"))
         x = load(sums_g.at[b, head, i, part], columns)
         out_s[...] = (x * scale).astype(dtype)
+        here = pl.ds(i * ROWS, ROWS)
+        width = pl.ds(part * columns, columns)
+        if places is not None:
+            to = places_g[0].at[0, here], out_g.at[b, :, head, width]
+            scatter(out_s, *to, mosaic.swizzle_of(columns, dtype))
+            return
         plgpu.commit_smem()
-        place = b, pl.ds(i * ROWS, ROWS), head, pl.ds(part * columns, columns)
-        plgpu.copy_smem_to_gmem(out_s, out_g.at[place])
+        plgpu.copy_smem_to_gmem(out_s, out_g.at[b, here, head, width])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     (rows,) = mosaic.call_in_place(
         body,
-        (sums,),
+        (sums,) if places is None else (sums, places),
         (rows,),
         scratch=[mosaic.tiled((ROWS, columns), dtype)],
         grid=(last or batch * heads, tiles, parts),

@@ -216,7 +216,8 @@ def product_beside(first, second, third, write, *, issued, ready, third_is_last)
       issued: runs when `a b` is on its way and the products before it are done.
       ready: runs after that, before `e f` is begun.
       third_is_last: whether it comes after the second product, which is then done when
-        this returns, or before it, so that the second may go on as in `products_before`.
+        this returns, or before it, so that the second may go on: see
+        `wait_for_products`.
 
     Returns:
       `e f`.

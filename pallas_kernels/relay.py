@@ -16,11 +16,13 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, llvm, scf, vector
+from jax._src.lib.mlir.dialects import arith, llvm, vector
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu.utils import getelementptr, memref_ptr
 
 from pallas_kernels import fragments, mosaic
+from pallas_kernels.integers import Int, i32, steps, when
+from pallas_kernels.rows import placed
 from pallas_kernels.shared import thread_here
 from pallas_kernels.turns import PROCESSORS
 
@@ -34,6 +36,7 @@ _BARRIER = 7  # A named one, for these.
 class Relay:
     """Sums `[B, N, tiles, parts, 64 C]` on their way, by `blocks` blocks a head.
 
+    They are put in rows `[B, length, N, parts C]` as `fragments.in_rows` does it.
     `marks`, int32 `[2, B N]`, count the blocks of threads that have filled a head with
     zeros, and the warpgroups that have added to it all they had.
     """
@@ -42,6 +45,7 @@ class Relay:
     blocks: int
     scale: float
     dtype: Any
+    length: int
 
     @property
     def ahead(self) -> int:
@@ -65,7 +69,7 @@ class Relay:
         zeros = jnp.zeros((self.ahead, *sums.shape[1:]), jnp.float32)
         sums = lax.dynamic_update_slice(sums, zeros, (0, 0, 0, 0))
         columns = parts * size // fragments.ROWS
-        rows = lax.empty((batch, tiles * fragments.ROWS, heads, columns), self.dtype)
+        rows = lax.empty((batch, self.length, heads, columns), self.dtype)
         filled = jnp.where(jnp.arange(self._heads) < self.ahead, self.blocks, 0)
         marks = jnp.stack([filled, jnp.zeros_like(filled)]).astype(jnp.int32)
         return sums.reshape(self.shape), rows, marks
@@ -86,36 +90,43 @@ class Relay:
         @plgpu.inline_mgpu(arg_types=(_REF,))
         def run(_, mark):
             mgpu.utils.warpgroup_barrier()
-            with _when(_Int(thread_here()) % 128 < 1):
+            with when(Int(thread_here()) % 128 < 1):
                 _count(memref_ptr(mark))
 
         run(marks.at[1, head])
 
-    def serve(self, sums, rows, marks, head, block):
-        """To be called by the warpgroup of which one warp copies: the others work."""
+    def serve(self, sums, rows, marks, places, head, block):
+        """To be called by the warpgroup of which one warp copies: the others work.
 
-        @plgpu.inline_mgpu(arg_types=(_REF, _REF, _REF, _SPLAT, _SPLAT))
-        def run(_, sums, rows, marks, head, block):
-            sums, rows, marks = (memref_ptr(x) for x in (sums, rows, marks))
-            head, block = (_Int(x.registers[()]) for x in (head, block))
-            worker = _Int(thread_here()) % 128 - _COPYING
+        `places` are those of `fragments.in_rows`, int32 `[64 tiles]`, or None.
+        """
+        given = [sums, rows, marks] + ([] if places is None else [places])
+
+        @plgpu.inline_mgpu(arg_types=(*[_REF] * len(given), _SPLAT, _SPLAT))
+        def run(_, *given):
+            *given, head, block = given
+            sums, rows, marks, *rest = (memref_ptr(x) for x in given)
+            head, block = (Int(x.registers[()]) for x in (head, block))
+            worker = Int(thread_here()) % 128 - _COPYING
             later, earlier = head + self.ahead, head - self.behind
-            with _when(worker > -1):
-                with _when(later < self._heads):
+            with when(worker > -1):
+                with when(later < self._heads):
                     self._fill(sums, later, block, worker)
                     _asm(f"bar.sync {_BARRIER}, {_WORKERS};")
-                    with _when(worker < 1):
-                        _count(later.element_of(marks, _i32()))
-                with _when(earlier > -1):
-                    mark = (earlier + self._heads).element_of(marks, _i32())
+                    with when(worker < 1):
+                        _count(later.element_of(marks, i32()))
+                with when(earlier > -1):
+                    mark = (earlier + self._heads).element_of(marks, i32())
                     _wait(mark, 2 * self.blocks)
-                    self._put_in_rows(sums, rows, earlier, block, worker)
+                    self._put_in_rows(sums, rows, rest, earlier, block, worker)
 
-        run(sums, rows, marks, *(jnp.asarray(x, jnp.int32) for x in (head, block)))
+        run(*given, *(jnp.asarray(x, jnp.int32) for x in (head, block)))
 
-    def end(self, sums, rows):
+    def end(self, sums, rows, places):
         """Rows, when those of the last heads have been put there too."""
-        return fragments.in_rows(sums, self.scale, self.dtype, rows, self.behind)
+        return fragments.in_rows(
+            sums, self.scale, self.dtype, rows, self.behind, places=places
+        )
 
     @property
     def _heads(self):
@@ -125,47 +136,51 @@ class Relay:
         four = ir.VectorType.get((4,), ir.F32Type.get())
         zero = arith.constant(ir.F32Type.get(), 0.0)
         zeros = vector.from_elements(four, [zero] * 4)
-        for tile in _steps(block, self.shape[2], self.blocks):
+        for tile in steps(block, self.shape[2], self.blocks):
             start = self._tile(sums, head, tile)
-            for i in _steps(worker, self._tile_size // 4, _WORKERS):
+            for i in steps(worker, self._tile_size // 4, _WORKERS):
                 llvm.store(zeros, i.element_of(start, four), alignment=16)
 
-    def _put_in_rows(self, sums, rows, head, block, worker):
+    def _put_in_rows(self, sums, rows, places, head, block, worker):
         _, heads, tiles, parts, size = self.shape
         columns = size // fragments.ROWS
+        width = heads * parts * columns
         kind = ir.BF16Type.get() if self.dtype == jnp.bfloat16 else ir.F16Type.get()
         four = ir.VectorType.get((4,), ir.F32Type.get())
         scale = arith.constant(ir.F32Type.get(), self.scale)
-        for tile in _steps(block, tiles, self.blocks):
+        out = (head // heads).wide() * (self.length * width)
+        out = out + (head % heads).wide() * (parts * columns)
+        out = out.element_of(rows, kind)
+        # Four columns a thread, of one of the upper 8 rows of a warp and of the one
+        # below it, which lie between each other (`fragments`). One loop over all tiles:
+        # there are 24 registers.
+        pieces = self._tile_size // 8
+        last = (tiles + self.blocks - 1 - block) // self.blocks * pieces
+        for n in steps(worker, last, _WORKERS):
+            tile, i = block + n // pieces * self.blocks, n % pieces
             start = self._tile(sums, head, tile)
-            first = (head // heads).wide() * (tiles * fragments.ROWS)
-            first = (first + (tile * fragments.ROWS).wide()) * heads
-            first = (first + (head % heads).wide()) * (parts * columns)
-            out = first.element_of(rows, kind)
-            # Four columns a thread, of one of the upper 8 rows of a warp and of the one
-            # below it, which lie between each other (`fragments`).
-            for i in _steps(worker, self._tile_size // 8, _WORKERS):
-                quarter, pair = i % (columns // 4), i // (columns // 4)
-                part, pair = pair // 32, pair % 32
-                place = quarter // 2 * 128 + pair * 4 + quarter % 2 * 2
-                place = (place + part * (size // 4)).element_of(start, four)
-                loaded = [
-                    llvm.load(four, getelementptr(place, [k], four), alignment=16)
+            quarter, pair = i % (columns // 4), i // (columns // 4)
+            part, pair = pair // 32, pair % 32
+            place = quarter // 2 * 128 + pair * 4 + quarter % 2 * 2
+            place = (place + part * (size // 4)).element_of(start, four)
+            loaded = [
+                llvm.load(four, getelementptr(place, [k], four), alignment=16)
+                for k in range(2)
+            ]
+            row = tile * fragments.ROWS + pair + pair // 8 * 8
+            column = (part * columns + quarter * 4).wide()
+            for half in range(2):
+                values = [
+                    arith.mulf(vector.extract(x, [], [2 * half + k]), scale)
+                    for x in loaded
                     for k in range(2)
                 ]
-                row = pair + pair // 8 * 8
-                column = part * columns + quarter * 4
-                for half in range(2):
-                    values = [
-                        arith.mulf(vector.extract(x, [], [2 * half + k]), scale)
-                        for x in loaded
-                        for k in range(2)
-                    ]
-                    values = vector.from_elements(
-                        ir.VectorType.get((4,), kind),
-                        [arith.truncf(kind, x) for x in values],
-                    )
-                    at = (row + 8 * half) * (heads * parts * columns) + column
+                values = vector.from_elements(
+                    ir.VectorType.get((4,), kind),
+                    [arith.truncf(kind, x) for x in values],
+                )
+                for at in placed(row + 8 * half, *places):
+                    at = at.wide() * width + column
                     llvm.store(values, at.element_of(out, kind), alignment=8)
 
     @property
@@ -176,46 +191,6 @@ class Relay:
         first = head.wide() * (self.shape[2] * self._tile_size)
         first = first + (tile * self._tile_size).wide()
         return first.element_of(sums, ir.F32Type.get())
-
-
-def _operator(operation):
-    def run(self, other):
-        if not isinstance(other, _Int):
-            other = _Int(arith.constant(self.value.type, other))
-        return _Int(operation(self.value, other.value))
-
-    return run
-
-
-class _Int:
-    """A number of the program with operators; none that is divided is negative."""
-
-    def __init__(self, value):
-        self.value = value
-
-    __add__, __sub__, __mul__ = map(_operator, (arith.addi, arith.subi, arith.muli))
-    __floordiv__, __mod__ = map(_operator, (arith.divui, arith.remui))
-    __lt__ = _operator(lambda x, y: arith.cmpi(arith.CmpIPredicate.slt, x, y))
-    __gt__ = _operator(lambda x, y: arith.cmpi(arith.CmpIPredicate.sgt, x, y))
-
-    def wide(self):
-        return _Int(arith.extsi(ir.IntegerType.get_signless(64), self.value))
-
-    def element_of(self, start, kind):
-        return getelementptr(start, [self.value], kind)
-
-
-def _when(condition):
-    return mgpu.utils.when(condition.value)
-
-
-def _steps(first, last, step):
-    """A loop of the program; what this one's body does is its body."""
-    last, step = (arith.constant(_i32(), x) for x in (last, step))
-    loop = scf.ForOp(first.value, last, step, [])
-    with ir.InsertionPoint(loop.body):
-        yield _Int(loop.induction_variable)
-        scf.yield_([])
 
 
 def _wait(mark, count):
@@ -242,7 +217,3 @@ def _asm(text, *pointers):
         ",".join(["l"] * len(pointers) + ["~{memory}"]),
         has_side_effects=True,
     )
-
-
-def _i32():
-    return ir.IntegerType.get_signless(32)

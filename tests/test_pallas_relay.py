@@ -15,7 +15,9 @@ from pallas_kernels.turns import PROCESSORS
 
 
 def relay(batch, heads, blocks):
-    return Relay((batch, heads, 2 * blocks, 1, 64 * 32), blocks, 0.5, jnp.bfloat16)
+    return Relay(
+        (batch, heads, 2 * blocks, 1, 64 * 32), blocks, 0.5, jnp.bfloat16, 128 * blocks
+    )
 
 
 @pytest.mark.parametrize(("heads", "blocks"), [(16, 128), (64, 32), (5, 1024)])

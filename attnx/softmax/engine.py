@@ -137,14 +137,7 @@ def attend(
         run = functools.partial(pallas.attention, scale=float(scale), config=config)
         if orders is not None:
             order = orders["pallas"]
-            return order.through(
-                run,
-                query,
-                key,
-                value,
-                block_mask=order.lists(),
-                transposed=order.transposed,
-            )
+            return run(query, key, value, block_mask=order.lists(), order=order)
         size, grad_size = pallas.block_sizes(query, value, config)
         blocks = block_mask(size)
         grad_blocks = blocks if size == grad_size else block_mask(grad_size)

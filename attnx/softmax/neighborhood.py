@@ -265,20 +265,21 @@ def tile_grid(axes: tuple[Window1D, ...], tile: tuple[int, ...]) -> tuple[int, .
 def to_tiles(
     x: jax.Array, axes: tuple[Window1D, ...], tile: tuple[int, ...]
 ) -> jax.Array:
-    """Orders tokens `[B, *space, N, H]` by dilation group, then tile: `[B, T', N, H]`.
+    """Orders tokens `[B, *space, ...]` by dilation group, then tile: `[B, T', ...]`.
 
     A box of neighbours becomes a run of tokens, so that a block of the score matrix is
     a box against a box. Axes are padded with zeros to whole tiles.
     """
     rank, grid = len(axes), tile_grid(axes, tile)
+    batch, rest = x.shape[0], x.shape[rank + 1 :]
     padding = [
         (0, blocks * size * axis.dilation - axis.length)
         for axis, blocks, size in zip(axes, grid, tile, strict=True)
     ]
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0), (0, 0)))
-    x = x.reshape(x.shape[0], *_interleaved(axes, tile), *x.shape[-2:])
-    x = x.transpose(0, *_order(rank), 3 * rank + 1, 3 * rank + 2)
-    return x.reshape(x.shape[0], -1, *x.shape[-2:])
+    x = jnp.pad(x, ((0, 0), *padding, *[(0, 0)] * len(rest)))
+    x = x.reshape(batch, *_interleaved(axes, tile), *rest)
+    x = x.transpose(0, *_order(rank), *range(3 * rank + 1, x.ndim))
+    return x.reshape(batch, -1, *rest)
 
 
 def from_tiles(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from attnx.softmax.masks import Full
 from attnx.softmax.pallas_rows import Rows
 from attnx.softmax.pallas_turns import tile_costs, tiles_in_turn
 from attnx.softmax.steps import Step
+from attnx.softmax.tile_order import TileOrder
 from pallas_kernels.attention import attention as attention_kernel
 from pallas_kernels.attention_grad import attention_grad as grad_kernel
 from pallas_kernels.attention_grad_ordered import (
@@ -55,7 +55,7 @@ def attention(
     block_mask: BlockMask,
     scale: float,
     grad_block_mask: BlockMask | None = None,
-    transposed: Callable[[], Lists] | None = None,
+    order: TileOrder | None = None,
     config: KernelConfig = KernelConfig(),
     rows: Rows | None = None,
     known: tuple[jax.Array, jax.Array] | None = None,
@@ -63,40 +63,41 @@ def attention(
 ) -> tuple[jax.Array, ...]:
     """Attends over the listed blocks, as `reference.attention` over its mask.
 
-    The backward walks the blocks of `grad_block_mask`, by default `block_mask`;
-    `transposed` makes the lists of queries for each key block where there is a better
-    way than from these. With `rows` the lists are for these rows of the query, which
-    the forward kernel gathers itself. `known` is as in `engine.attend`, of the rows
-    if these are given; `step` too, one that `takes` says is served.
+    The backward walks the blocks of `grad_block_mask`, by default `block_mask`. With an
+    `order` the lists are for tokens in that order, those of `order.lists`. With `rows`
+    the lists are for these rows of the query, which the forward kernel gathers itself.
+    `known` is as in `engine.attend`, of the rows if these are given; `step` too, one
+    that `takes` says is served.
     """
     grad_block_mask = grad_block_mask or block_mask
     batch, query_len, heads, _ = query.shape
     if rows is not None:
         heads, query_len = rows.index.shape[1:]
-    key_len = key.shape[1]
+    key_len = key.shape[1] if order is None else block_mask.key_len
     if scale <= 0:  # The kernels take a row's peak from unscaled scores.
         query, scale = query * jnp.asarray(scale, query.dtype), 1.0
     block = block_mask.block_size
     key_pad = -key_len % block[1]
     predicate, looked_up = None, []
     if key_pad or not isinstance(block_mask.mask, Full):
+        listed_len = query_len if order is None else block_mask.query_len
         predicate, looked_up = trace(
             _predicate(block_mask.mask, key_len, block[1]),
             batch,
             heads,
-            query_len + (-query_len % block[0]),
+            listed_len + (-listed_len % block[0]),
             key_len + key_pad,
         )
     call = _Call(
         Masking(*block, predicate),
         Masking(*grad_block_mask.block_size, predicate),
         scale,
-        transposed,
+        order,
         block_mask,
         grad_block_mask,
         config,
     )
-    if rows is None:
+    if rows is None and order is None:  # In which all tiles are whole.
         query = _pad(query, -query_len % ROWS)
     padded = (query, _pad(key, key_pad), _pad(value, key_pad))
     lists, grad_lists = (
@@ -179,7 +180,7 @@ class _Call:
     masking: Masking
     grad_masking: Masking
     scale: float
-    transposed: Callable[[], Lists] | None
+    order: TileOrder | None
     block_mask: BlockMask
     grad_block_mask: BlockMask
     config: KernelConfig
@@ -195,9 +196,13 @@ def _forward(call, query, key, value, lists, grad_lists, looked_up, rows, known)
         out, lse = known
         lse = jnp.swapaxes(lse, 1, 2) * LOG2E
         return known, (query, key, value, grad_lists, looked_up, rows, out, lse)
+    order = call.order
+    if order is not None:
+        query, key, value = map(order.tiled, (query, key, value))
     out, lse = _attend(call, query, key, value, lists, looked_up, rows)
     residuals = query, key, value, grad_lists, looked_up, rows, out, lse
-    return (out, jnp.swapaxes(lse, 1, 2) / LOG2E), residuals
+    result = out, jnp.swapaxes(lse, 1, 2) / LOG2E
+    return result if order is None else tuple(map(order.flat, result)), residuals
 
 
 def _attend(
@@ -248,6 +253,8 @@ def _attend(
 
 def _backward(call, residuals, cotangents):
     query, *others, rows, out, lse = residuals
+    if call.order is not None:
+        cotangents = tuple(map(call.order.tiled, cotangents))
     pull = lambda d_query: (d_query,)
     if rows is not None:
         query, pull = jax.vjp(rows.take, query)
@@ -261,8 +268,10 @@ def _gradients(call, residuals, cotangents, so_far=None, *, goes_on=False):
     # A score's gradient is p (dp - delta); the log-sum-exp's own adds p d_lse to it.
     delta = jnp.einsum("btnv,btnv->bnt", out, d_out, preferred_element_type=jnp.float32)
     delta -= jnp.swapaxes(d_lse, 1, 2)
-    transposed = call.transposed
-    if transposed is None:
+    order = call.order
+    if order is not None:
+        transposed = order.transposed
+    else:
         # Their arrays come as arguments: those of `call` may be another trace's.
         same = dataclasses.replace(call.grad_block_mask, **lists._asdict())
         transposed = functools.partial(transpose, same)
@@ -287,6 +296,8 @@ def _gradients(call, residuals, cotangents, so_far=None, *, goes_on=False):
             )
             visited = lists if by == "query" else by_key
             grads.append(kernel(arrays, (visited, looked_up)))
+        if order is not None:
+            return tuple(map(order.flat, grads))
         d_query, d_key, d_value = grads
         return d_query[:, :query_len], d_key, d_value
     kernel = mappable(
@@ -295,9 +306,12 @@ def _gradients(call, residuals, cotangents, so_far=None, *, goes_on=False):
         scale=call.scale,
         query_tile=2 * ROWS if size <= _NARROW else ROWS,
         stages=2 if size <= _NARROW else 3,
+        length=None if order is None else order.length,
         goes_on=goes_on,
     )
-    d_query, d_key, d_value = kernel((*arrays, so_far), (by_key, looked_up))
+    # The kernel puts gradients where their tokens were before they were put in order.
+    places = None if order is None else order.tokens()
+    d_query, d_key, d_value = kernel((*arrays, so_far), (by_key, looked_up, places))
     if so_far is not None:  # All are summed, and nothing was added to whole tiles.
         return d_query, d_key, d_value
     d_key, d_value = sum_of_groups(d_key, key), sum_of_groups(d_value, value)

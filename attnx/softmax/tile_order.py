@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
+import jax.numpy as jnp
 
 from attnx.softmax.block_mask import BlockMask
 from attnx.softmax.mask import Mask
@@ -39,31 +41,40 @@ class TileOrder:
           tile: tokens of a tile along each of them.
         """
 
-        def covered(place):
-            axis = axes[place]
-            return axis.kernel_size * axis.dilation / axis.length
-
-        places = tuple(sorted(range(len(axes)), key=covered))
-        return cls(*(tuple(x[i] for i in places) for x in (axes, tile)), places)
+        covered = [x.kernel_size * x.dilation / x.length for x in axes]
+        places = tuple(sorted(range(len(axes)), key=covered.__getitem__))
+        axes = tuple(axes[i] for i in places)
+        return cls(axes, tuple(tile[i] for i in places), places)
 
     def through(self, run, *arrays: jax.Array, **options):
         """Runs `run` on row-major arrays `[B, T, ...]` in this order, and undoes it."""
-        space = [axis.length for axis in self.axes]
-        rank = len(space)
-        back = sorted(range(rank), key=self.places.__getitem__)
+        return jax.tree.map(self.flat, run(*map(self.tiled, arrays), **options))
 
-        def tiled(x):
-            rest = range(rank + 1, rank + x.ndim - 1)
-            x = x.reshape(x.shape[0], *(space[i] for i in back), *x.shape[2:])
-            x = x.transpose(0, *(i + 1 for i in self.places), *rest)
-            return to_tiles(x, self.axes, self.tile)
+    def tiled(self, x: jax.Array) -> jax.Array:
+        """A row-major array `[B, T, ...]` in this order, zeros filling up its tiles."""
+        rank = len(self.axes)
+        lengths = (self.axes[i].length for i in self._back)
+        x = x.reshape(x.shape[0], *lengths, *x.shape[2:])
+        rest = range(rank + 1, x.ndim)
+        x = x.transpose(0, *(i + 1 for i in self.places), *rest)
+        return to_tiles(x, self.axes, self.tile)
 
-        def flat(x):
-            x = from_tiles(x, self.axes, self.tile)
-            x = x.transpose(0, *(i + 1 for i in back), *range(rank + 1, x.ndim))
-            return x.reshape(x.shape[0], -1, *x.shape[rank + 1 :])
+    def flat(self, x: jax.Array) -> jax.Array:
+        """The inverse of `tiled`."""
+        rank = len(self.axes)
+        x = from_tiles(x, self.axes, self.tile)
+        x = x.transpose(0, *(i + 1 for i in self._back), *range(rank + 1, x.ndim))
+        return x.reshape(x.shape[0], -1, *x.shape[rank + 1 :])
 
-        return jax.tree.map(flat, run(*map(tiled, arrays), **options))
+    @property
+    def length(self) -> int:
+        """Tokens of the row-major array."""
+        return math.prod(axis.length for axis in self.axes)
+
+    def tokens(self) -> jax.Array:
+        """Which token of the row-major array is in each place, -1 for none."""
+        numbers = jnp.arange(1, self.length + 1, dtype=jnp.int32)
+        return self.tiled(numbers[None]) - 1
 
     @functools.cached_property
     def mask(self) -> Mask:
@@ -74,3 +85,8 @@ class TileOrder:
 
     def transposed(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         return transposed_tile_lists(self.axes, self.tile)
+
+    @property
+    def _back(self) -> list[int]:
+        """Which of `axes` each axis of an array is."""
+        return sorted(range(len(self.axes)), key=self.places.__getitem__)
