@@ -18,8 +18,9 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -121,27 +122,30 @@ def measure(
             wrong[name] = error
     with alone():
         arrays = case.arrays()
+    programs: dict[tuple[str, str], Callable | Exception] = {}
     for mode in case.modes:
-        programs: dict[str, Callable | Exception] = {}
+        of_mode: dict[str, Callable | Exception] = {}
         for name, error in wrong.items():
             try:
                 if error:
                     raise error
                 fn = MODES[mode](every[name])
-                programs[name] = jax.jit(fn).lower(*arrays).compile()
+                of_mode[name] = jax.jit(fn).lower(*arrays).compile()
             except Exception as error:
-                programs[name] = error
+                of_mode[name] = error
         with alone():
-            _agree(case, programs, arrays)
-            found = timed(programs, arrays)
-        for name, row in found.items():
-            yield {
-                "op": case.op,
-                "case": case.name,
-                "candidate": name,
-                "mode": mode,
-                **row,
-            }
+            _agree(case, of_mode, arrays)
+        programs |= {(mode, name): program for name, program in of_mode.items()}
+    with alone():
+        found = timed(programs, arrays)
+    for (mode, name), row in found.items():
+        yield {
+            "op": case.op,
+            "case": case.name,
+            "candidate": name,
+            "mode": mode,
+            **row,
+        }
 
 
 @contextlib.contextmanager
@@ -153,15 +157,15 @@ def _holding(path: str) -> Iterator[None]:
 
 
 def timed(
-    programs: dict[str, Callable | Exception], arrays: Sequence[jax.Array]
-) -> dict[str, dict]:
-    """What rows say of compiled programs, which take turns.
+    programs: Mapping[Any, Callable | Exception], arrays: Sequence[jax.Array]
+) -> dict[Any, dict]:
+    """What rows say of compiled programs, of all candidates and modes, in turns.
 
     A GPU under load slows down as it grows warm: what is timed one after the other
     would not have met the same one.
     """
-    rows: dict[str, dict] = {}
-    runs: dict[str, int] = {}
+    rows: dict[Any, dict] = {}
+    runs: dict[Any, int] = {}
     for name, program in programs.items():
         try:
             if isinstance(program, Exception):
@@ -176,7 +180,7 @@ def timed(
             rows[name] = {"megabytes": size}
         except Exception as error:
             rows[name] = _failed(error)
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    times: dict[Any, list[float]] = {name: [] for name in runs}
     for name in ROUNDS * list(runs):
         try:
             some, rows[name]["timer"] = milliseconds(programs[name], arrays, runs[name])

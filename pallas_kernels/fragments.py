@@ -27,6 +27,7 @@ from pallas_kernels.rows import scatter
 
 ROWS = 64
 _STEP = 128 * 16  # Bytes that a warpgroup's threads hold of 8 columns.
+_DIRECT = 1  # Of these, how many are added from registers where the rest is sent.
 
 
 def add(ref, x):
@@ -39,17 +40,7 @@ def add(ref, x):
     def run(_, ref, x):
         place = _place(ref)
         for i, values in enumerate(_fours(x)):
-            # The last operand is not used. Without a later use of the zero that
-            # accumulators begin as, LLVM makes it one register with the last of these,
-            # and ptxas then keeps all 32 of a product from the step's start.
-            llvm.inline_asm(
-                ir.Type.parse("!llvm.void"),
-                [place, *values, _constant(0)],
-                f"red.relaxed.gpu.global.add.v4.f32 [$0+{_STEP * i}], "
-                "{$1, $2, $3, $4};",
-                "l,f,f,f,f,r",
-                has_side_effects=True,
-            )
+            _add(_step(place, i), values)
 
     run(ref, x)
 
@@ -57,29 +48,40 @@ def add(ref, x):
 def send(ref, x, staged):
     """`add` by way of shared memory, `64 C` floats that this warpgroup alone uses.
 
-    Registers are free at once; the memory has added after `wait_smem_to_gmem`. The
-    interpreter lacks this.
+    Registers are free at once; the memory has added after `wait_smem_to_gmem`. Some are
+    added directly, so that products share the memory's time with less. The interpreter
+    lacks this.
     """
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # For what was there before.
-    store(staged, x)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), TILE))
+    def put(_, staged, x):
+        place = _place(staged)
+        for i, values in list(enumerate(_fours(x)))[_DIRECT:]:
+            llvm.store(_four(values), _step(place, i), alignment=16)
+
+    put(staged, x)
     plgpu.commit_smem()
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
-    def run(_, ref, staged):
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), TILE))
+    def run(_, ref, staged, x):
         is_first = arith.cmpi(arith.CmpIPredicate.eq, _thread(), _constant(0))
         with mgpu.utils.when(is_first):
-            size = 4 * math.prod(ref.type.shape)
+            size = 4 * math.prod(ref.type.shape) - _DIRECT * _STEP
             llvm.inline_asm(
                 ir.Type.parse("!llvm.void"),
-                [_pointer(ref), _pointer(staged)],
+                [_step(_pointer(x), _DIRECT) for x in (ref, staged)],
                 "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 "
                 f"[$0], [$1], {size};",
                 "l,r,~{memory}",
                 has_side_effects=True,
             )
             nvvm.cp_async_bulk_commit_group()
+        place = _place(ref)
+        for i, values in list(enumerate(_fours(x)))[:_DIRECT]:
+            _add(_step(place, i), values)
 
-    run(ref, staged)
+    run(ref, staged, x)
 
 
 def store(ref, x):
@@ -200,6 +202,19 @@ def _thread():
     i32 = ir.IntegerType.get_signless(32)
     thread = arith.index_cast(i32, gpu.thread_id(gpu.Dimension.x))
     return arith.remui(thread, _constant(128))
+
+
+def _add(place, values):
+    # The last operand is not used. Without a later use of the zero that accumulators
+    # begin as, LLVM makes it one register with the last of these, and ptxas then keeps
+    # all 32 of a product from the step's start.
+    llvm.inline_asm(
+        ir.Type.parse("!llvm.void"),
+        [place, *values, _constant(0)],
+        "red.relaxed.gpu.global.add.v4.f32 [$0], {$1, $2, $3, $4};",
+        "l,f,f,f,f,r",
+        has_side_effects=True,
+    )
 
 
 def _step(place, i):
