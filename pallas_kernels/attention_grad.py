@@ -210,10 +210,10 @@ def attention_grad(
                 if by_rows:
                     # With sums so far there are more addresses to keep: one is anew.
                     first = 0 if so_far is None else mosaic.again(jnp.int32(0))
-                    queries, part, held = own, 0, pl.ds(first, head_size)
+                    queries, part, here = own, 0, pl.ds(first, head_size)
                 else:
                     queries, part = pl.ds(0, ROWS), me
-                    held = pl.ds(me * columns_held, columns_held)
+                    here = pl.ds(me * columns_held, columns_held)
 
                 def write(d_query):
                     start = sum(query_start(mosaic.again(j))) + queries.start
@@ -226,7 +226,7 @@ def attention_grad(
                 scores = products.product_beside(
                     (
                         mosaic.transposed(ds_now.at[:, queries]),
-                        k_s.at[:, held],
+                        k_s.at[:, here],
                     ),
                     # Narrow heads leave registers for it, which saves a reading.
                     (d_key, ds if by_rows else ds_now.at[own], q),
