@@ -18,6 +18,7 @@ from attnx.softmax.neighborhood import (
     windows,
 )
 from attnx.softmax.tile_lists import tile_lists, transposed_tile_lists
+from attnx.softmax.tile_order import TileOrder
 
 # shape, kernel_size, stride, dilation, is_causal, tile
 CASES = [
@@ -80,6 +81,32 @@ def test_full_tiles_are_seen_whole_and_no_pair_is_missed(case):
     every = (seen & ~padded | padded[:, None]).reshape(pairs).all((1, 3)) & some
     want = np.where(some, np.where(every, 2, 1), 0)
     np.testing.assert_array_equal(tile_lists(axes, tile).tiles()[0, 0], want)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_order_says_which_token_is_where_and_is_undone(case):
+    shape, *_, tile = case
+    order = TileOrder.of(windows(*case[:-1]), tile)
+    tokens = np.asarray(order.tokens())[0]
+    real = tokens >= 0
+    assert sorted(tokens[real]) == list(range(math.prod(shape)))
+    (x,) = normal(0, (2, math.prod(shape), 3))
+    tiled = order.tiled(x)
+    np.testing.assert_array_equal(tiled[:, real], x[:, tokens[real]])
+    assert not np.any(tiled[:, ~real])
+    np.testing.assert_array_equal(order.flat(tiled), x)
+
+
+def test_tiles_are_counted_across_the_axis_that_windows_cover_least():
+    order = TileOrder.of(windows((30, 48, 80), (18, 24, 24)), (2, 16, 4))
+    assert [axis.length for axis in order.axes] == [80, 48, 30]
+    assert (order.tile, order.places) == ((4, 16, 2), (2, 1, 0))
+    # A run of tiles of the first column and row goes through time.
+    of_tiles = np.asarray(order.tokens())[0].reshape(-1, 128)
+    time, height, width = np.unravel_index(of_tiles[:15], (30, 48, 80))
+    assert width.max() < 4
+    assert height.max() < 16
+    assert time.min(1).tolist() == list(range(0, 30, 2))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

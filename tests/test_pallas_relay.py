@@ -58,15 +58,43 @@ def test_the_last_heads_are_put_in_rows_and_no_others():
     np.testing.assert_array_equal(*jax.tree.map(np.asarray, (found, want)))
 
 
+def test_rows_are_put_where_they_belong():
+    (sums,) = normal(0, (1, 2, 2, 2, 64 * 32))
+    places = np.random.default_rng(0).permutation(128) - 28  # The least go nowhere.
+    rows = jnp.full((1, 110, 2, 64), 7, jnp.bfloat16)
+    with mosaic.interpret():
+        found = fragments.in_rows(
+            sums, 0.5, jnp.bfloat16, rows, places=jnp.asarray(places[None], jnp.int32)
+        )
+    tiles = sums.reshape(1, 2, 2, 2, 64, 32).transpose(0, 2, 4, 1, 3, 5)
+    tiles = (tiles.reshape(1, 128, 2, 64) * 0.5).astype(jnp.bfloat16)
+    want = rows.at[:, places[places >= 0]].set(tiles[:, places >= 0])
+    assert np.all(want[:, 100:] == 7)
+    np.testing.assert_array_equal(*jax.tree.map(np.asarray, (found, want)))
+
+
 def test_many_heads_lower_where_numbers_have_64_bits():
+    # Only the first heads' sums are filled before the kernel.
     tokens = jax.ShapeDtypeStruct((3, 1024, 16, 128), jnp.bfloat16)
     attention = functools.partial(attnx.dot_product_attention, implementation="pallas")
+    assert "tensor<17x16x2x4096xf32>" in lowered_gradient(attention, tokens)
 
+
+def test_many_heads_of_a_neighborhood_lower():
+    image = jax.ShapeDtypeStruct((1, 31, 60, 24, 128), jnp.bfloat16)
+    attention = functools.partial(
+        attnx.neighborhood_attention, kernel_size=(9, 20), implementation="pallas"
+    )
+    text = lowered_gradient(attention, image)
+    # Of 2048 places in tiles, 188 are padding.
+    assert "tensor<9x32x2x4096xf32>" in text
+    assert "tensor<1x1860x24x128xbf16>" in text
+
+
+def lowered_gradient(attention, tokens):
     def loss(*tokens):
         return attention(*tokens).astype(jnp.float32).sum()
 
     with jax.enable_x64(True):
         traced = jax.jit(jax.grad(loss)).trace(tokens, tokens, tokens)
-        text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    # Only the first heads' sums are filled before the kernel.
-    assert "tensor<17x16x2x4096xf32>" in text
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
