@@ -22,6 +22,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu.utils import getelementptr, memref_ptr
 
 from pallas_kernels import mosaic
+from pallas_kernels.integers import Int, i32, when
 from pallas_kernels.mosaic import TILE
 from pallas_kernels.rows import scatter
 
@@ -65,8 +66,7 @@ def send(ref, x, staged):
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), TILE))
     def run(_, ref, staged, x):
-        is_first = arith.cmpi(arith.CmpIPredicate.eq, _thread(), _constant(0))
-        with mgpu.utils.when(is_first):
+        with when(_thread() < 1):
             size = 4 * math.prod(ref.type.shape) - _DIRECT * _STEP
             llvm.inline_asm(
                 ir.Type.parse("!llvm.void"),
@@ -188,7 +188,7 @@ def in_rows(
 def _place(ref):
     """Where this thread's first 16 bytes are."""
     four = ir.VectorType.get((4,), ir.F32Type.get())
-    return getelementptr(_pointer(ref), [_thread()], four)
+    return _thread().element_of(_pointer(ref), four)
 
 
 def _pointer(ref):
@@ -199,9 +199,7 @@ def _pointer(ref):
 
 
 def _thread():
-    i32 = ir.IntegerType.get_signless(32)
-    thread = arith.index_cast(i32, gpu.thread_id(gpu.Dimension.x))
-    return arith.remui(thread, _constant(128))
+    return Int(arith.index_cast(i32(), gpu.thread_id(gpu.Dimension.x))) % 128
 
 
 def _add(place, values):
@@ -237,5 +235,4 @@ def _element(values, i):
 
 
 def _constant(value):
-    i32 = ir.IntegerType.get_signless(32)
-    return arith.constant(i32, ir.IntegerAttr.get(i32, value))
+    return arith.constant(i32(), value)

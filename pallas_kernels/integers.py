@@ -30,7 +30,8 @@ class Int:
 
     __add__, __sub__, __mul__ = map(_operator, (arith.addi, arith.subi, arith.muli))
     __floordiv__, __mod__ = map(_operator, (arith.divui, arith.remui))
-    __xor__ = _operator(arith.xori)
+    __and__, __xor__ = map(_operator, (arith.andi, arith.xori))
+    __rshift__ = _operator(arith.shrui)
     __lt__ = _operator(lambda x, y: arith.cmpi(arith.CmpIPredicate.slt, x, y))
     __gt__ = _operator(lambda x, y: arith.cmpi(arith.CmpIPredicate.sgt, x, y))
 

@@ -90,7 +90,7 @@ class Relay:
         @plgpu.inline_mgpu(arg_types=(_REF,))
         def run(_, mark):
             mgpu.utils.warpgroup_barrier()
-            with when(Int(thread_here()) % 128 < 1):
+            with when(thread_here() % 128 < 1):
                 _count(memref_ptr(mark))
 
         run(marks.at[1, head])
@@ -107,7 +107,7 @@ class Relay:
             *given, head, block = given
             sums, rows, marks, *rest = (memref_ptr(x) for x in given)
             head, block = (Int(x.registers[()]) for x in (head, block))
-            worker = Int(thread_here()) % 128 - _COPYING
+            worker = thread_here() % 128 - _COPYING
             later, earlier = head + self.ahead, head - self.behind
             with when(worker > -1):
                 with when(later < self._heads):

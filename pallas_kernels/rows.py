@@ -134,7 +134,7 @@ def wait():
 
 def _pieces(count, pieces):
     """The row and the number in it of each piece that this thread copies."""
-    thread = Int(shared.thread_here()) % _THREADS
+    thread = shared.thread_here() % _THREADS
     for first in range(0, count * pieces, _THREADS):
         number = thread + first
         yield number // pieces, number % pieces

@@ -20,6 +20,7 @@ from jax._src.lib.mlir.dialects import arith, llvm
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu.utils import getelementptr, memref_ptr
 
+from pallas_kernels.integers import Int, i32
 from pallas_kernels.mosaic import ROW, TILE, interpreted, tiled_type
 
 _ROWS = 64
@@ -58,7 +59,7 @@ def store_matrices(ref, x, swizzle: int):
         for place, four in zip(places, x.registers.reshape(-1, 4), strict=True):
             llvm.inline_asm(
                 ir.Type.parse("!llvm.void"),
-                [place, *(llvm.bitcast(_i32(), pair) for pair in four)],
+                [place.value, *(llvm.bitcast(i32(), pair) for pair in four)],
                 "stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};",
                 "r,r,r,r,r,~{memory}",
                 has_side_effects=True,
@@ -97,8 +98,7 @@ def load_alternating(even, odd, run_length_log2, swizzle: int):
     )
     def run(_, even, odd, n):
         def is_odd(row):
-            bit = arith.andi(arith.shrui(row, n.registers[()]), _const(1))
-            return arith.cmpi(arith.CmpIPredicate.ne, bit, _const(0))
+            return row >> Int(n.registers[()]) & 1 > 0
 
         return _loaded([even, odd], shape, swizzle, is_odd)
 
@@ -117,13 +117,11 @@ def store_sums(ref, x):
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), TILE))
     def run(_, ref, x):
-        lane = arith.remui(thread_here(), _const(128))
-        row = arith.divui(lane, _const(4))
+        row = thread_here() % 128 // 4
         # A warp has 16 rows, a thread one of the upper 8 and the one below it.
-        row = arith.addi(row, arith.andi(row, _const(~7)))
-        rows = [row, arith.addi(row, _const(8))]
+        row = row + (row & ~7)
         pairs = x.registers.reshape(-1)
-        for place, pair in zip(_sums(ref, rows), pairs, strict=True):
+        for place, pair in zip(_sums(ref, [row, row + 8]), pairs, strict=True):
             llvm.store(pair, place, alignment=8)
 
     run(ref, x)
@@ -140,7 +138,8 @@ def load_sums(ref, rows):
         return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=TILE),
     )
     def run(_, ref, rows):
-        rows = [llvm.extractelement(row, _const(0)) for row in rows.registers.flat]
+        first = arith.constant(i32(), 0)
+        rows = [Int(llvm.extractelement(row, first)) for row in rows.registers.flat]
         pair = ir.VectorType.get((2,), ir.F32Type.get())
         places = _sums(ref, rows)
         return _tile(shape, (llvm.load(pair, x, alignment=8) for x in places))
@@ -148,30 +147,28 @@ def load_sums(ref, rows):
     return run(ref, rows)
 
 
-def thread_here():
+def thread_here() -> Int:
     """The number of the thread, inside `inline_mgpu`, read where it is asked for.
 
     So what is made of it is not kept in registers over a loop.
     """
-    return llvm.inline_asm(
-        _i32(), [], "mov.u32 $0, %tid.x;", "=r", has_side_effects=True
-    )
+    text = "mov.u32 $0, %tid.x;"
+    return Int(llvm.inline_asm(i32(), [], text, "=r", has_side_effects=True))
 
 
 def _sums(ref, rows):
     """Where this thread's pairs of 8 columns are, in each of its two rows in turn."""
     (stride, _), _ = ir.MemRefType(ref.type).get_strides_and_offset()
-    start = llvm.ptrtoint(_i32(), memref_ptr(ref))
-    column = arith.muli(arith.remui(thread_here(), _const(4)), _const(8))
+    start = Int(llvm.ptrtoint(i32(), memref_ptr(ref)))
+    column = thread_here() % 4 * 8
     firsts = []
     for row in rows:
-        first = arith.addi(start, arith.muli(row, _const(4 * stride)))
-        changed = arith.andi(arith.xori(row, _const(-1)), _const(3))
-        first = arith.addi(first, arith.addi(column, arith.muli(changed, _const(32))))
+        first = start + row * (4 * stride)
+        first = first + (column + ((row ^ -1) & 3) * 32)
         # Rows begin at multiples of 128 bytes, four blocks.
-        places = (arith.xori(first, _const(32 * block)) for block in range(4))
+        places = (first ^ 32 * block for block in range(4))
         pointer = llvm.PointerType.get(memref_ptr(ref).type.address_space)
-        firsts.append([llvm.inttoptr(pointer, place) for place in places])
+        firsts.append([llvm.inttoptr(pointer, place.value) for place in places])
     for i in range(ref.type.shape[1] // 8):
         for first in firsts:
             yield getelementptr(first[i % 4], [i // 4 * 32], ir.F32Type.get())
@@ -190,13 +187,13 @@ def _loaded(refs, shape, swizzle, is_second=None):
         for place in _rows_of_matrices(refs, shape[1], swizzle, is_second):
             found: Any = llvm.inline_asm(
                 four,
-                [place],
+                [place.value],
                 "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];",
                 "=r,=r,=r,=r,r,~{memory}",
                 has_side_effects=True,
             )
             for i in range(4):
-                yield llvm.bitcast(pair, llvm.extractvalue(_i32(), found, [i]))
+                yield llvm.bitcast(pair, llvm.extractvalue(i32(), found, [i]))
 
     return _tile(shape, pairs())
 
@@ -206,31 +203,25 @@ def _rows_of_matrices(refs, columns, swizzle, is_second=None):
 
     Of four matrices: the upper rows, the lower ones, and both of the next 8 columns.
     """
-    thread = arith.remui(thread_here(), _const(128))
-    lane = arith.remui(thread, _const(32))
-    right = arith.divui(lane, _const(16))
-    lower = arith.remui(arith.divui(lane, _const(8)), _const(2))
-    in_tile = arith.remui(lane, _const(8))
-    tile = arith.muli(arith.divui(thread, _const(32)), _const(2))
-    tile = arith.addi(tile, lower)
+    thread = thread_here() % 128
+    lane = thread % 32
+    right, lower, in_tile = lane // 16, lane // 8 % 2, lane % 8
+    tile = thread // 32 * 2 + lower
     starts = []
     for ref in refs:
         (by_row, by_column, *_), _ = ir.MemRefType(ref.type).get_strides_and_offset()
-        start = llvm.ptrtoint(_i32(), memref_ptr(ref))
-        starts.append(arith.addi(start, arith.muli(tile, _const(2 * by_row))))
+        start = Int(llvm.ptrtoint(i32(), memref_ptr(ref)))
+        starts.append(start + tile * (2 * by_row))
     start = starts[0]
     if is_second is not None:
-        row = arith.addi(arith.muli(tile, _const(8)), in_tile)
-        start = arith.select(is_second(row), starts[1], start)
+        second = is_second(tile * 8 + in_tile).value
+        start = Int(arith.select(second, starts[1].value, start.value))
     # As many of an address's bits 4 to 6 as a row has change by the bits 7 to 9.
-    place = arith.muli(in_tile, _const(swizzle))
-    place = arith.addi(place, arith.muli(right, _const(16)))
-    changed = arith.andi(arith.shrui(place, _const(3)), _const(swizzle - 16))
-    place = arith.xori(place, changed)
+    place = in_tile * swizzle + right * 16
+    place = place ^ (place >> 3 & swizzle - 16)
     for column in range(0, columns, 16):
         tile, rest = divmod(2 * column, swizzle)
-        here = arith.addi(start, arith.xori(place, _const(rest)))
-        yield arith.addi(here, _const(2 * by_column * tile))
+        yield start + (place ^ rest) + 2 * by_column * tile
 
 
 def _tile(shape, pairs):
@@ -249,18 +240,10 @@ def _is_of_matrices(ref):
 
 @contextlib.contextmanager
 def _threads_counted_here():
-    names, number = vars(mgpu.utils), thread_here()
+    names, number = vars(mgpu.utils), thread_here().value
     before = names["thread_idx"]
     names["thread_idx"] = lambda: number
     try:
         yield
     finally:
         names["thread_idx"] = before
-
-
-def _i32():
-    return ir.IntegerType.get_signless(32)
-
-
-def _const(value):
-    return arith.constant(_i32(), ir.IntegerAttr.get(_i32(), value))
