@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import normal
 from jax.sharding import PartitionSpec as P
 
 import attnx
@@ -31,11 +32,6 @@ from attnx.nn import (
 
 D, N, H, T = 32, 4, 8, 10
 SLOPES = -(2.0 ** -jnp.arange(1.0, N + 1))
-
-
-def random(*shape):
-    """Normal numbers by NumPy: compiling `jax.random` takes seconds for each shape."""
-    return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
 
 
 def kernel_init(key, shape, dtype):
@@ -114,7 +110,7 @@ def by_hand(layer, x, attend):
 
 
 def test_layer_composes_the_function_of_its_mixer(layer):
-    mixer, x = layer.mixer, random(2, T, D)
+    mixer, x = layer.mixer, normal(0, (2, T, D))[0]
 
     def attend(q, k, v):
         if isinstance(mixer, SoftmaxMixer):
@@ -161,13 +157,13 @@ def test_layer_is_flax_s_where_flax_has_it():
         nnx.to_pure_dict(nnx.state(flax)),
     )
     chex.assert_trees_all_equal(ours_state, flax_state)
-    x = random(2, T, D)
+    (x,) = normal(0, (2, T, D))
     expected = jax.jit(functools.partial(flax, is_causal=True))(x)
     chex.assert_trees_all_close(forward(ours, x), expected, atol=1e-5)
 
 
 def test_steps_equal_the_whole(layer):
-    x = random(2, T, D)
+    (x,) = normal(0, (2, T, D))
     cache = layer.init_cache(2, 16)
     assert cache.lengths.tolist() == [0, 0]
     outputs, start = [], 0
@@ -183,7 +179,7 @@ def test_steps_equal_the_whole(layer):
 
 def test_rows_of_a_cache_may_differ_in_length():
     layer = full("causal")
-    x = random(2, T, D)
+    (x,) = normal(0, (2, T, D))
     _, cache = step(layer, x[:, :4], layer.init_cache(2, 16))
     # The first row forgets its last token and gets it again.
     cache = cache._replace(lengths=cache.lengths - jnp.array([1, 0]))
@@ -196,14 +192,14 @@ def test_rows_of_a_cache_may_differ_in_length():
 def test_a_linear_cache_has_constant_size():
     layer = full("lightning")
     cache = layer.init_cache(2)
-    _, after = step(layer, random(2, 4, D), cache)
+    _, after = step(layer, normal(0, (2, 4, D))[0], cache)
     chex.assert_trees_all_equal_shapes_and_dtypes(cache, after)
     chex.assert_shape(cache.state, (2, N, H, FULL["value_dim"]))
 
 
 @those("causal", "neighborhood", "decay per channel", "learned")
 def test_every_parameter_learns(layer):
-    x = random(2, T, D)
+    (x,) = normal(0, (2, T, D))
 
     @jax.jit
     @jax.grad
@@ -222,7 +218,7 @@ def test_a_decay_learns_only_as_a_parameter():
     @jax.jit
     @jax.grad
     def gradients(layer):
-        return jnp.sum(jnp.sin(layer(random(1, T, D))))
+        return jnp.sum(jnp.sin(layer(normal(0, (1, T, D))[0])))
 
     for decay, learns in ((SLOPES, False), (nnx.Param(SLOPES), True)):
         grads = gradients(make(D, N, LinearMixer(decay), rngs=nnx.Rngs(0)))
@@ -236,7 +232,7 @@ def test_computes_in_bfloat16_with_float32_parameters(name):
     cache = layer.init_cache(2, T)
     kept = jnp.float32 if hasattr(cache, "state") else jnp.bfloat16
     chex.assert_type(cache[0], kept)
-    x = random(2, T, D)
+    (x,) = normal(0, (2, T, D))
     y, cache = step(layer, x, cache)
     chex.assert_type(cache[0], kept)
     assert y.dtype == jnp.bfloat16
@@ -257,7 +253,7 @@ def test_packed_documents_are_the_documents(name):
     layer = full(name, position=Absolute())
     if name == "streaming":  # Prefixes count from the start of the row.
         layer.mixer = SoftmaxMixer(masks.Window(3, 2))
-    x = random(2, T, D)
+    (x,) = normal(0, (2, T, D))
     cuts = [(0, 4, 7, T), (0, 3, 7, T)]
     ids = [[5] * a + [2] * (b - a) + [9] * (c - b) for _, a, b, c in cuts]
     packed = forward(layer, x, segment_ids=jnp.array(ids))
@@ -272,7 +268,7 @@ def test_packed_documents_are_the_documents(name):
 def test_neighborhoods_of_images_with_rotary_axes():
     mixer = NeighborhoodMixer([3, 2], stride=(2, 1), is_causal=[False, True])
     layer = make(D, N, mixer, position=Rotary(), rngs=nnx.Rngs(0))
-    x = random(2, 5, 6, D)
+    (x,) = normal(0, (2, 5, 6, D))
 
     @jax.jit
     def by_hand(x):
@@ -299,7 +295,7 @@ class Doubling:
 @pytest.mark.parametrize("mixer", [SoftmaxMixer(), LinearMixer()])
 def test_a_position_may_change_the_head_size(mixer):
     layer = make(D, N, mixer, position=Doubling(), rngs=nnx.Rngs(0))
-    x = random(1, T, D)
+    (x,) = normal(0, (1, T, D))
     cache = layer.init_cache(1, T)
     y, cache = step(layer, x[:, :4], cache)
     chex.assert_trees_all_close(y, forward(layer, x)[:, :4], atol=1e-5)
@@ -347,14 +343,14 @@ def test_layers_built_alike_are_one_to_jit():
 
     first, second = new(), new()
     chex.assert_trees_all_equal(
-        call(first, random(1, T, D)), call(second, random(1, T, D))
+        call(first, normal(0, (1, T, D))[0]), call(second, normal(0, (1, T, D))[0])
     )
     assert len(traces) == 1
     assert not jax.tree.leaves(first.mixer)  # The window is known where jit traces.
 
 
 def test_arrays_in_a_mask_are_arrays_to_jit():
-    x = random(2, T, D)
+    (x,) = normal(0, (2, T, D))
 
     def new(length):
         mask = masks.Causal() | masks.Prefix(length)
@@ -368,7 +364,7 @@ def test_arrays_in_a_mask_are_arrays_to_jit():
 
 @those("learned")
 def test_layers_are_modules_to_nnx(layer):
-    x = random(2, T, D)
+    (x,) = normal(0, (2, T, D))
     copy = nnx.merge(*nnx.split(layer))
     chex.assert_trees_all_equal(
         nnx.jit(lambda layer, x: layer(x))(copy, x), forward(layer, x)
@@ -439,7 +435,7 @@ def test_a_mixer_of_one_s_own():
             return jnp.broadcast_to(value.mean(1, keepdims=True), value.shape)
 
     layer = make(D, N, Mean(), rngs=nnx.Rngs(0))
-    x = random(1, T, D)
+    (x,) = normal(0, (1, T, D))
     chex.assert_trees_all_close(layer(x), layer(x[:, ::-1]), atol=1e-5)
     with pytest.raises(NotImplementedError, match="Mean cannot generate by steps"):
         layer.init_cache(1, T)

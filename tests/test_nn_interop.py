@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen, nnx
+from helpers import normal
 
 from attnx import dot_product_attention, linear_attention, masks, neighborhood_attention
 from attnx.nn import attention_fn
@@ -16,11 +17,6 @@ from attnx.nn import attention_fn
 reference = {"implementation": "reference"}
 dense = functools.partial(dot_product_attention, **reference)
 ours = attention_fn(dense)
-
-
-def random(*shape):
-    """Normal numbers by NumPy: compiling `jax.random` takes seconds for each shape."""
-    return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
 
 
 def kernel_init(key, shape, dtype):
@@ -71,7 +67,7 @@ def library(request):
 )
 def test_serves_as_the_default_function(library, shape, mask):
     default, layer = layers(library)
-    x = random(*shape)
+    (x,) = normal(0, shape)
     if mask == "causal":
         mask = nnx.make_causal_mask(x[..., 0])
         assert mask.dtype == jnp.float32  # flax's masks are numbers.
@@ -88,7 +84,7 @@ def test_serves_as_the_default_function(library, shape, mask):
 @pytest.mark.parametrize("kwargs", [{}, {"num_kv_heads": 2, "normalize_qk": True}])
 def test_is_causal_and_its_gradients(kwargs):
     default, layer = layers("nnx", **kwargs)
-    x = random(2, 9, 16)
+    (x,) = normal(0, (2, 9, 16))
 
     @jax.jit
     @functools.partial(jax.grad, argnums=(0, 1))
@@ -110,7 +106,7 @@ def test_is_causal_and_its_gradients(kwargs):
 
 def test_decoding_equals_the_causal_layer():
     _, layer = layers("nnx", decode=True)
-    x = random(2, 5, 16)
+    (x,) = normal(0, (2, 5, 16))
     whole = run(layer, x, decode=False, is_causal=True)
     layer.init_cache((2, 5, 16))
     step = nnx.jit(lambda layer, x: layer(x))
@@ -123,7 +119,7 @@ def test_decoding_in_linen():
     layer = linen.MultiHeadDotProductAttention(
         4, kernel_init=kernel_init, attention_fn=ours, decode=True
     )
-    x = random(2, 5, 16)
+    (x,) = normal(0, (2, 5, 16))
     variables = run(layer.init, jax.random.key(0), x)
     params, cache = variables["params"], variables["cache"]
     whole = run(
@@ -141,7 +137,7 @@ def test_decoding_in_linen():
 
 def test_the_layer_s_dtype_is_the_function_s(library):
     default, layer = layers(library, dtype=jnp.bfloat16)
-    x = random(2, 9, 16)
+    (x,) = normal(0, (2, 9, 16))
     y = run(layer, x)
     assert y.dtype == jnp.bfloat16
     chex.assert_trees_all_close(y, run(default, x), atol=2e-2)
@@ -158,14 +154,14 @@ def test_the_layer_s_dtype_is_the_function_s(library):
 
 
 def test_a_bias_reaches_the_function():
-    q, k, v = random(3, 2, 3, 5, 4, 8)
-    bias = random(3, 4, 5, 5)
+    q, k, v = normal(0, *[(2, 3, 5, 4, 8)] * 3)
+    (bias,) = normal(0, (3, 4, 5, 5))
     expected = run(linen.dot_product_attention, q, k, v, bias=bias)
     chex.assert_trees_all_close(run(ours, q, k, v, bias=bias), expected, atol=1e-5)
 
 
 def test_a_query_that_sees_nothing_gives_zero():
-    q, k, v = random(3, 1, 5, 4, 8)
+    q, k, v = normal(0, *[(1, 5, 4, 8)] * 3)
     chex.assert_trees_all_equal(
         run(ours, q, k, v, mask=jnp.zeros((5, 5), bool)), jnp.zeros_like(v)
     )
@@ -183,7 +179,7 @@ def test_linear_attention_in_a_layer():
         kernel_init=kernel_init,
         rngs=nnx.Rngs(0),
     )
-    x = random(2, 9, 16)
+    (x,) = normal(0, (2, 9, 16))
     expected = run(
         lambda x: layer.out(fn(layer.query(x), layer.key(x), layer.value(x))), x
     )
@@ -200,7 +196,7 @@ def test_neighborhoods_of_an_image_in_a_layer():
         kernel_init=kernel_init,
         rngs=nnx.Rngs(0),
     )
-    x = random(2, 5, 6, 16)
+    (x,) = normal(0, (2, 5, 6, 16))
     expected = run(
         lambda x: layer.out(fn(layer.query(x), layer.key(x), layer.value(x))), x
     )
@@ -212,7 +208,7 @@ def test_neighborhoods_of_an_image_in_a_layer():
 def test_the_fastest_implementation_under_jit():
     default, layer = layers("nnx")
     layer.attention_fn = attention_fn(dot_product_attention)
-    x = random(2, 9, 16)
+    (x,) = normal(0, (2, 9, 16))
     chex.assert_trees_all_close(
         run(layer, x, is_causal=True), run(default, x, is_causal=True), atol=1e-5
     )
@@ -220,7 +216,7 @@ def test_the_fastest_implementation_under_jit():
 
 def test_a_mask_of_ours_in_a_layer(library):
     default, _ = layers(library)
-    x = random(2, 9, 16)
+    (x,) = normal(0, (2, 9, 16))
     window = masks.Window(2, 1)
     expected = run(default, x, mask=window.to_dense(9, 9))
     fn = attention_fn(functools.partial(dense, mask=window))
