@@ -1,4 +1,4 @@
-"""Queries that the attention kernel gathers, in Pallas' interpreter."""
+"""Queries that the attention kernel gathers, in Pallas' interpreter; places of rows."""
 
 import functools
 
@@ -11,6 +11,7 @@ from helpers import SLOW, normal, relative_rms
 from attnx import masks, select
 from attnx.softmax import pallas
 from pallas_kernels import mosaic
+from pallas_kernels.rows import _in_tiles
 
 T, S, BLOCK = 300, 384, 128
 
@@ -94,3 +95,22 @@ def test_runs_of_tiles_are_merged_with_what_is_beside(monkeypatch):
     want = run("reference", *(x.astype(jnp.float32) for x in args))
     np.testing.assert_allclose(got[1], want[1], atol=1e-2)
     assert relative_rms(got[0], want[0]) < 5e-3
+
+
+@pytest.mark.parametrize("swizzle", [32, 64, 128])
+def test_pieces_are_where_the_copy_engine_puts_them(swizzle):
+    # Tiles of 8 rows, one swizzle wide; the bits from 2**7 change those from 2**4.
+    rows, tiles = 64, 3
+    pieces = tiles * swizzle // 16
+    found = np.array(
+        [
+            [_in_tiles(row, piece, pieces, swizzle) for piece in range(pieces)]
+            for row in range(rows)
+        ]
+    )
+    row, byte = np.indices((rows, pieces)) * np.array([1, 16])[:, None, None]
+    place = (row // 8 * tiles + byte // swizzle) * 8 * swizzle
+    place += row % 8 * swizzle + byte % swizzle
+    place ^= place >> 3 & swizzle - 16
+    np.testing.assert_array_equal(16 * found, place)
+    assert sorted(found.flat) == list(range(rows * pieces))
