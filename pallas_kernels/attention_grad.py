@@ -92,7 +92,7 @@ def attention_grad(
     swizzle_of_v = mosaic.swizzle_of(value_size, dtype)
     # A product of two tiles in shared memory reads all that this gives in the time, and
     # what else reads or writes there waits.
-    columns_of_v = min(value_size, HELD)
+    values_held = 0 if by_rows else min(value_size, HELD)
     words = len(masking.predicate.words) if masking.predicate else 0
     parts = head_size // columns_held
     sums = (batch, heads, query_len // ROWS, parts, ROWS * columns_held)
@@ -154,21 +154,19 @@ def attention_grad(
 
             def hold():
                 """The columns of the values that have registers, if any have."""
-                if by_rows:
-                    return None
-                part = v_s.at[pl.ds(wg * ROWS, ROWS), pl.ds(0, columns_of_v)]
-                return shared.load(part, swizzle_of_v)
+                part = v_s.at[pl.ds(wg * ROWS, ROWS), pl.ds(0, values_held)]
+                return shared.load(part, swizzle_of_v) if values_held else None
 
             def to_share(do, held):
                 """The tiles whose products add up to the probabilities' gradients."""
                 own = pl.ds(mosaic.again(wg) * ROWS, ROWS)
-                if held is None:
-                    return [(v_s.at[own], mosaic.transposed(do))]
-                pairs = [(held, mosaic.transposed(do.at[:, pl.ds(0, columns_of_v)]))]
-                if columns_of_v < value_size:
-                    rest = pl.ds(columns_of_v, value_size - columns_of_v)
-                    rest = v_s.at[own, rest], mosaic.transposed(do.at[:, rest])
-                    pairs.append(rest)
+                rest = pl.ds(values_held, value_size - values_held)
+                pairs = []
+                if values_held > 0:
+                    first = do.at[:, pl.ds(0, values_held)]
+                    pairs.append((held, mosaic.transposed(first)))
+                if values_held < value_size:
+                    pairs.append((v_s.at[own, rest], mosaic.transposed(do.at[:, rest])))
                 return pairs
 
             def step(j, scores, sees, held, d_key, d_value):

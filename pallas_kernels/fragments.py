@@ -54,14 +54,7 @@ def send(ref, x, staged):
     lacks this.
     """
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # For what was there before.
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), TILE))
-    def put(_, staged, x):
-        place = _place(staged)
-        for i, values in list(enumerate(_fours(x)))[_DIRECT:]:
-            llvm.store(_four(values), _step(place, i), alignment=16)
-
-    put(staged, x)
+    store(staged, x, skipped=_DIRECT)
     plgpu.commit_smem()
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), TILE))
@@ -84,8 +77,11 @@ def send(ref, x, staged):
     run(ref, staged, x)
 
 
-def store(ref, x):
-    """Puts a tile `[64, C]` in the place of such sums."""
+def store(ref, x, skipped: int = 0):
+    """Puts a tile `[64, C]` in the place of such sums.
+
+    Of its columns the first `skipped` times 8 are left out.
+    """
     if mosaic.interpreted():
         ref[...] = x.reshape(ref.shape)
         return
@@ -93,7 +89,7 @@ def store(ref, x):
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), TILE))
     def run(_, ref, x):
         place = _place(ref)
-        for i, values in enumerate(_fours(x)):
+        for i, values in list(enumerate(_fours(x)))[skipped:]:
             llvm.store(_four(values), _step(place, i), alignment=16)
 
     run(ref, x)

@@ -87,7 +87,7 @@ def test_full_tiles_are_seen_whole_and_no_pair_is_missed(case):
 def test_order_says_which_token_is_where_and_is_undone(case):
     shape, *_, tile = case
     order = TileOrder.of(windows(*case[:-1]), tile)
-    tokens = np.asarray(order.tokens())[0]
+    tokens = np.asarray(order.places())[0]
     real = tokens >= 0
     assert sorted(tokens[real]) == list(range(math.prod(shape)))
     (x,) = normal(0, (2, math.prod(shape), 3))
@@ -100,9 +100,9 @@ def test_order_says_which_token_is_where_and_is_undone(case):
 def test_tiles_are_counted_across_the_axis_that_windows_cover_least():
     order = TileOrder.of(windows((30, 48, 80), (18, 24, 24)), (2, 16, 4))
     assert [axis.length for axis in order.axes] == [80, 48, 30]
-    assert (order.tile, order.places) == ((4, 16, 2), (2, 1, 0))
+    assert (order.tile, order.in_array) == ((4, 16, 2), (2, 1, 0))
     # A run of tiles of the first column and row goes through time.
-    of_tiles = np.asarray(order.tokens())[0].reshape(-1, 128)
+    of_tiles = np.asarray(order.places())[0].reshape(-1, 128)
     time, height, width = np.unravel_index(of_tiles[:15], (30, 48, 80))
     assert width.max() < 4
     assert height.max() < 16

@@ -50,9 +50,7 @@ def test_the_last_heads_are_put_in_rows_and_no_others():
     rows = jnp.full((2, 128, 3, 64), 7, jnp.bfloat16)
     with mosaic.interpret():
         found = fragments.in_rows(sums, 0.5, jnp.bfloat16, rows, last=4)
-    # The interpreter has a tile's sums row by row.
-    want = sums.reshape(2, 3, 2, 2, 64, 32).transpose(0, 2, 4, 1, 3, 5)
-    want = (want.reshape(2, 128, 3, 64) * 0.5).astype(jnp.bfloat16)
+    want = halved_rows(sums)
     heads = jnp.arange(6).reshape(2, 1, 3, 1)
     want = jnp.where(heads >= 2, want, rows)
     np.testing.assert_array_equal(*jax.tree.map(np.asarray, (found, want)))
@@ -66,9 +64,7 @@ def test_rows_are_put_where_they_belong():
         found = fragments.in_rows(
             sums, 0.5, jnp.bfloat16, rows, places=jnp.asarray(places[None], jnp.int32)
         )
-    tiles = sums.reshape(1, 2, 2, 2, 64, 32).transpose(0, 2, 4, 1, 3, 5)
-    tiles = (tiles.reshape(1, 128, 2, 64) * 0.5).astype(jnp.bfloat16)
-    want = rows.at[:, places[places >= 0]].set(tiles[:, places >= 0])
+    want = rows.at[:, places[places >= 0]].set(halved_rows(sums)[:, places >= 0])
     assert np.all(want[:, 100:] == 7)
     np.testing.assert_array_equal(*jax.tree.map(np.asarray, (found, want)))
 
@@ -89,6 +85,14 @@ def test_many_heads_of_a_neighborhood_lower():
     # Of 2048 places in tiles, 188 are padding.
     assert "tensor<9x32x2x4096xf32>" in text
     assert "tensor<1x1860x24x128xbf16>" in text
+
+
+def halved_rows(sums):
+    """Of 32 columns a part; the interpreter has a tile's sums row by row."""
+    batch, heads, tiles, parts, _ = sums.shape
+    rows = sums.reshape(*sums.shape[:-1], 64, 32).transpose(0, 2, 4, 1, 3, 5)
+    rows = rows.reshape(batch, 64 * tiles, heads, 32 * parts)
+    return (rows * 0.5).astype(jnp.bfloat16)
 
 
 def lowered_gradient(attention, tokens):

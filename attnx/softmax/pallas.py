@@ -73,19 +73,20 @@ def attention(
     batch, query_len, heads, _ = query.shape
     if rows is not None:
         heads, query_len = rows.index.shape[1:]
-    key_len = key.shape[1] if order is None else block_mask.key_len
+    key_len = key.shape[1]
+    if order is not None:  # In which all tiles are whole.
+        query_len, key_len = block_mask.query_len, block_mask.key_len
     if scale <= 0:  # The kernels take a row's peak from unscaled scores.
         query, scale = query * jnp.asarray(scale, query.dtype), 1.0
     block = block_mask.block_size
     key_pad = -key_len % block[1]
     predicate, looked_up = None, []
     if key_pad or not isinstance(block_mask.mask, Full):
-        listed_len = query_len if order is None else block_mask.query_len
         predicate, looked_up = trace(
             _predicate(block_mask.mask, key_len, block[1]),
             batch,
             heads,
-            listed_len + (-listed_len % block[0]),
+            query_len + (-query_len % block[0]),
             key_len + key_pad,
         )
     call = _Call(
@@ -97,7 +98,7 @@ def attention(
         grad_block_mask,
         config,
     )
-    if rows is None and order is None:  # In which all tiles are whole.
+    if rows is None:
         query = _pad(query, -query_len % ROWS)
     padded = (query, _pad(key, key_pad), _pad(value, key_pad))
     lists, grad_lists = (
@@ -270,11 +271,11 @@ def _gradients(call, residuals, cotangents, so_far=None, *, goes_on=False):
     delta -= jnp.swapaxes(d_lse, 1, 2)
     order = call.order
     if order is not None:
-        transposed = order.transposed
+        by_key = Lists(*order.transposed())
     else:
         # Their arrays come as arguments: those of `call` may be another trace's.
         same = dataclasses.replace(call.grad_block_mask, **lists._asdict())
-        transposed = functools.partial(transpose, same)
+        by_key = Lists(*transpose(same))
     # A query that saw nothing gets the weight exp(-inf) everywhere.
     lse = jnp.where(jnp.isfinite(lse), lse, jnp.inf)
     query_len = query.shape[1]
@@ -282,7 +283,6 @@ def _gradients(call, residuals, cotangents, so_far=None, *, goes_on=False):
     arrays = _pad(query, rest), key, value, _pad(d_out, rest)
     at_end = ((0, 0), (0, 0), (0, rest))
     arrays += jnp.pad(lse, at_end, constant_values=jnp.inf), jnp.pad(delta, at_end)
-    by_key = Lists(*transposed())
     size = max(query.shape[-1], value.shape[-1])
     if not _fused(query, value, call.config):
         stages = 1 if size > _WIDEST_FUSED else 2
@@ -310,7 +310,7 @@ def _gradients(call, residuals, cotangents, so_far=None, *, goes_on=False):
         goes_on=goes_on,
     )
     # The kernel puts gradients where their tokens were before they were put in order.
-    places = None if order is None else order.tokens()
+    places = None if order is None else order.places()
     d_query, d_key, d_value = kernel((*arrays, so_far), (by_key, looked_up, places))
     if so_far is not None:  # All are summed, and nothing was added to whole tiles.
         return d_query, d_key, d_value

@@ -22,12 +22,12 @@ class TileOrder:
     Attributes:
       axes: the neighborhood's, the one along which tiles are counted last first.
       tile: tokens of a tile along each of these.
-      places: which axis of an array each of these is.
+      in_array: which axis of an array each of these is.
     """
 
     axes: tuple[Window1D, ...]
     tile: tuple[int, ...]
-    places: tuple[int, ...]
+    in_array: tuple[int, ...]
 
     @classmethod
     def of(cls, axes: tuple[Window1D, ...], tile: tuple[int, ...]) -> TileOrder:
@@ -40,11 +40,10 @@ class TileOrder:
           axes: from `windows`.
           tile: tokens of a tile along each of them.
         """
-
         covered = [x.kernel_size * x.dilation / x.length for x in axes]
-        places = tuple(sorted(range(len(axes)), key=covered.__getitem__))
-        axes = tuple(axes[i] for i in places)
-        return cls(axes, tuple(tile[i] for i in places), places)
+        in_array = tuple(sorted(range(len(axes)), key=covered.__getitem__))
+        axes = tuple(axes[i] for i in in_array)
+        return cls(axes, tuple(tile[i] for i in in_array), in_array)
 
     def through(self, run, *arrays: jax.Array, **options):
         """Runs `run` on row-major arrays `[B, T, ...]` in this order, and undoes it."""
@@ -56,7 +55,7 @@ class TileOrder:
         lengths = (self.axes[i].length for i in self._back)
         x = x.reshape(x.shape[0], *lengths, *x.shape[2:])
         rest = range(rank + 1, x.ndim)
-        x = x.transpose(0, *(i + 1 for i in self.places), *rest)
+        x = x.transpose(0, *(i + 1 for i in self.in_array), *rest)
         return to_tiles(x, self.axes, self.tile)
 
     def flat(self, x: jax.Array) -> jax.Array:
@@ -71,8 +70,8 @@ class TileOrder:
         """Tokens of the row-major array."""
         return math.prod(axis.length for axis in self.axes)
 
-    def tokens(self) -> jax.Array:
-        """Which token of the row-major array is in each place, -1 for none."""
+    def places(self) -> jax.Array:
+        """Where in a row-major array each token belongs, -1 for what fills tiles up."""
         numbers = jnp.arange(1, self.length + 1, dtype=jnp.int32)
         return self.tiled(numbers[None]) - 1
 
@@ -89,4 +88,4 @@ class TileOrder:
     @property
     def _back(self) -> list[int]:
         """Which of `axes` each axis of an array is."""
-        return sorted(range(len(self.axes)), key=self.places.__getitem__)
+        return sorted(range(len(self.axes)), key=self.in_array.__getitem__)
